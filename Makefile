@@ -1,0 +1,94 @@
+# Targets with a `##` comment are what `make help` lists.
+#
+#   TORCH=2.11.0     another torch than the newest, in .venv
+#   SYSTEM=1         the interpreter and torch that are there; installs nothing but the package
+#   PYTHON=python3   the interpreter for .venv, or with SYSTEM=1 the one to use
+#   ARGS="-k plan"   more arguments for pytest, the demo or the benchmark
+#   WERROR=1         compiler warnings are errors
+
+PYTHON ?= python3
+TORCH ?=
+SYSTEM ?=
+ARGS ?=
+WERROR ?= 0
+# Several ranks share one machine in the tests and the demo; threads of each would only get in the way.
+export OMP_NUM_THREADS ?= 1
+
+VENV := .venv
+ifneq ($(filter-out 0,$(SYSTEM)),)
+  PY := $(PYTHON)
+  STAMPS := build/stamps$(subst /,-,$(shell command -v $(PYTHON)))
+  DEPENDENCIES :=
+  export ARC_TOPK_TESTS := optional
+else
+  PY := $(VENV)/bin/python
+  STAMPS := $(VENV)/stamps
+  DEPENDENCIES := $(STAMPS)/requirements $(STAMPS)/torch-$(or $(TORCH),newest)
+  export ARC_TOPK_TESTS := required
+  export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+endif
+export ARC_TOPK_WERROR := $(WERROR)
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help test test-slow test-cpp demo bench lint format build clean distclean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@sed -n '/^# *[A-Z]*=/s/^# */  /p' Makefile
+
+test: build test-cpp ## set up, build, run the C++ and the Python tests
+	$(PY) -m pytest $(ARGS)
+
+test-slow: build ## the tests that take minutes
+	$(PY) -m pytest -m slow $(ARGS)
+
+test-cpp: build ## the C++ tests alone
+	$(if $(wildcard build/bin/arc_topk_tests),,@echo "No GoogleTest here: C++ tests are left out.")
+	@if [ -x build/bin/arc_topk_tests ]; then set -x; build/bin/arc_topk_tests --gtest_brief=1; fi
+
+demo: build ## train a language model over 4 ranks with each compressor: a table and a picture
+	$(PY) examples/train_ddp.py --demo $(ARGS)
+
+bench: build ## cost of the hook against its floor, a Python hook and PowerSGD
+	$(PY) benchmarks/compare.py $(ARGS)
+
+lint: build ## clang-format, ruff and mypy
+	clang-format --dry-run --Werror $(CPP_FILES)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: $(DEPENDENCIES) ## put all sources into the form that lint wants
+	clang-format -i $(CPP_FILES)
+	$(PY) -m ruff check --fix-only
+	$(PY) -m ruff format
+
+build: $(STAMPS)/package ## the quickest rebuild: compile what has changed, into arc_topk/ and build/bin/
+	@$(PY) setup.py --quiet build_ext --inplace
+
+clean: ## remove what was built
+	rm -rf build arc_topk/*.so arc_topk/_built_for_torch.txt *.egg-info
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
+
+# --- set-up: a stamp for each step, so that a second call does nothing -----------------------------------
+
+$(STAMPS)/package: pyproject.toml setup.py $(DEPENDENCIES)
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/stamps/venv:
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/stamps/requirements: $(wildcard requirements/*.txt) $(VENV)/stamps/venv
+	$(PIP) install -r requirements/dev.txt
+	@touch $@
+
+# One torch at a time: its stamp replaces that of another.
+$(VENV)/stamps/torch-%: $(VENV)/stamps/requirements
+	$(PIP) install $(if $(filter newest,$*),--upgrade torch,torch==$*)
+	@rm -f $(@D)/torch-* && touch $@

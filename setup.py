@@ -1,0 +1,118 @@
+"""Builds arc_topk/_C by driving CMake; everything else about the package is in pyproject.toml.
+
+The build folder is build/<ABI>-torch-<version>-<hash of the interpreter's path>, so that switching between
+interpreters or torch versions rebuilds nothing that was built before. Two environment variables are for the
+Makefile: ARC_TOPK_TESTS ("required", "optional") adds the C++ tests, ARC_TOPK_WERROR=1 makes warnings errors.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+COMMAND = "pip install --no-build-isolation -e ."
+OLDEST_TORCH = (2, 11)
+OLDEST_SETUPTOOLS = 77  # the first to read `license = "BSD-3-Clause"` in pyproject.toml
+
+
+def fail(message: str) -> None:
+    """Ends the build with one line and no traceback."""
+    raise SystemExit(f"arc-topk: {message}")
+
+
+def torch_version() -> str:
+    """The version of the torch to build against, found without the seconds that importing it takes."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        fail(
+            "torch is not there, or pip builds in isolation from it: install torch, "
+            f"then run `{COMMAND}` (leave out -e for a copy)"
+        )
+    version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"]
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
+        fail(f"torch {version} is too old, 2.11 is the oldest: run `pip install -U torch`, then `{COMMAND}`")
+    return str(version)
+
+
+def find_program(*names: str) -> str | None:
+    """Path of the first of these programs that is found beside the interpreter or on PATH."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    return next(filter(None, (shutil.which(name, path=path) for name in names)), None)
+
+
+def check_tools() -> str:
+    """Path of CMake; ends with one line if it, or a C++ compiler, is missing."""
+    cmake = find_program("cmake")
+    if cmake is None:
+        fail("CMake is missing: run `pip install cmake ninja`, or install your system's")
+    compiler = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+    if find_program(*compiler) is None:
+        fail(
+            f"no C++ compiler ({', '.join(compiler)}) is found: install g++ 12 or newer "
+            "(apt-get install g++), or name yours with CXX="
+        )
+    return cmake
+
+
+def check_setuptools(version: str) -> None:
+    """Ends with one line if setuptools cannot read pyproject.toml."""
+    if int(version.split(".")[0]) < OLDEST_SETUPTOOLS:
+        fail(
+            f"setuptools {version} is too old, {OLDEST_SETUPTOOLS} is the oldest: "
+            f"run `pip install 'setuptools>={OLDEST_SETUPTOOLS}'`, then `{COMMAND}`"
+        )
+
+
+def build(torch: str, prefix: Path) -> None:
+    """Configures and builds what has changed and installs the module into prefix/arc_topk."""
+    cmake = check_tools()
+    interpreter = hashlib.sha256(sys.executable.encode()).hexdigest()[:6]
+    folder = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch-{torch}-{interpreter}"
+    # A choice made once stays in CMake's cache: `pip install` after `make` rebuilds nothing.
+    choices = [f"-D{n}={os.environ[n]}" for n in ("ARC_TOPK_TESTS", "ARC_TOPK_WERROR") if n in os.environ]
+    if not (folder / "CMakeCache.txt").exists():
+        choices += ["-G", "Ninja"] if find_program("ninja") else []
+    quiet = ["--log-level=WARNING"]
+    python = [f"-DPython_EXECUTABLE={sys.executable}"]
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+    run(cmake, "-S", str(ROOT), "-B", str(folder), *python, *quiet, *choices)
+    run(cmake, "--build", str(folder), "--parallel", jobs)
+    run(cmake, "--install", str(folder), "--prefix", str(prefix), "--component", "python", quiet=True)
+    if os.environ.get("ARC_TOPK_TESTS"):
+        run(cmake, "--install", str(folder), "--prefix", str(ROOT / "build"), "--component", "tests", quiet=True)
+
+
+def run(*command: str, quiet: bool = False) -> None:
+    """Runs a command; ends with one line below the command's own messages if it fails."""
+    environment = dict(os.environ, PATH=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL if quiet else None)
+    if done.returncode:
+        fail(f"`{' '.join(command)}` failed, see its messages above")
+
+
+if __name__ == "__main__":
+    TORCH = torch_version()
+
+    # Only now: in an environment without torch, the line above is the message that helps.
+    import setuptools
+    from setuptools.command.build_ext import build_ext
+
+    check_setuptools(setuptools.__version__)
+
+    class CMakeBuild(build_ext):
+        """The build_ext command, done by CMake."""
+
+        def run(self) -> None:
+            build(TORCH, ROOT if self.inplace else Path(self.build_lib).resolve())
+
+    setuptools.setup(
+        ext_modules=[setuptools.Extension("arc_topk._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )
