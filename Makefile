@@ -45,8 +45,8 @@ test-slow: build ## the tests that take minutes
 	$(PY) -m pytest -m slow $(ARGS)
 
 test-cpp: build ## the C++ tests alone
-	$(if $(wildcard build/bin/arc_topk_tests),,@echo "No GoogleTest here: C++ tests are left out.")
-	@if [ -x build/bin/arc_topk_tests ]; then set -x; build/bin/arc_topk_tests --gtest_brief=1; fi
+	@if [ -x build/bin/arc_topk_tests ]; then set -x; build/bin/arc_topk_tests --gtest_brief=1; \
+	else echo "No GoogleTest here: the C++ tests are left out."; fi
 
 demo: build ## train a language model over 4 ranks with each compressor: a table and a picture
 	$(PY) examples/train_ddp.py --demo $(ARGS)
@@ -54,7 +54,7 @@ demo: build ## train a language model over 4 ranks with each compressor: a table
 bench: build ## cost of the hook against its floor, a Python hook and PowerSGD
 	$(PY) benchmarks/compare.py $(ARGS)
 
-lint: build ## clang-format, ruff and mypy
+lint: $(DEPENDENCIES) ## clang-format, ruff and mypy
 	clang-format --dry-run --Werror $(CPP_FILES)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
@@ -80,11 +80,15 @@ $(STAMPS)/package: pyproject.toml setup.py $(DEPENDENCIES)
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	@mkdir -p $(@D) && touch $@
 
-$(VENV)/stamps/venv:
-	$(PYTHON) -m venv $(VENV)
+# The stamps lie inside .venv: another PYTHON clears them with it.
+PYTHON_STAMP := $(VENV)/stamps/python$(subst /,-,$(patsubst python%,%,$(PYTHON)))
+$(PYTHON_STAMP):
+	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
+	  "arc-topk needs Python 3.10 to 3.13 (got " + sys.version.split()[0] + "): choose one with PYTHON=")'
+	$(PYTHON) -m venv --clear $(VENV)
 	@mkdir -p $(@D) && touch $@
 
-$(VENV)/stamps/requirements: $(wildcard requirements/*.txt) $(VENV)/stamps/venv
+$(VENV)/stamps/requirements: $(wildcard requirements/*.txt) $(PYTHON_STAMP)
 	$(PIP) install -r requirements/dev.txt
 	@touch $@
 

@@ -1,10 +1,11 @@
 """Builds arc_topk/_C by driving CMake; everything else about the package is in pyproject.toml.
 
-The build folder is build/<ABI>-torch-<version>-<hash of the interpreter's path>, so that switching between
+The build folder is build/<ABI>-torch-<version>-<hash of sys.prefix>, so that switching between
 interpreters or torch versions rebuilds nothing that was built before. Two environment variables are for the
 Makefile: ARC_TOPK_TESTS ("required", "optional") adds the C++ tests, ARC_TOPK_WERROR=1 makes warnings errors.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -28,7 +29,7 @@ def fail(message: str) -> None:
 
 
 def torch_version() -> str:
-    """The version of the torch to build against, found without the seconds that importing it takes."""
+    """The version of the torch to build against, found without importing it, which takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         fail(
@@ -37,7 +38,9 @@ def torch_version() -> str:
         )
     version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"]
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
-        fail(f"torch {version} is too old, 2.11 is the oldest: run `pip install -U torch`, then `{COMMAND}`")
+        fail(
+            f"torch {version} is too old, 2.11 is the oldest: run `pip install -U torch`, then `{COMMAND}`"
+        )
     return str(version)
 
 
@@ -52,11 +55,11 @@ def check_tools() -> str:
     cmake = find_program("cmake")
     if cmake is None:
         fail("CMake is missing: run `pip install cmake ninja`, or install your system's")
-    compiler = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+    compiler = os.environ.get("CXX", "").split()[:1] or ["c++", "g++"]
     if find_program(*compiler) is None:
         fail(
             f"no C++ compiler ({', '.join(compiler)}) is found: install g++ 12 or newer "
-            "(apt-get install g++), or name yours with CXX="
+            "(`apt-get install g++`), or name yours with CXX="
         )
     return cmake
 
@@ -73,27 +76,37 @@ def check_setuptools(version: str) -> None:
 def build(torch: str, prefix: Path) -> None:
     """Configures and builds what has changed and installs the module into prefix/arc_topk."""
     cmake = check_tools()
-    interpreter = hashlib.sha256(sys.executable.encode()).hexdigest()[:6]
-    folder = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch-{torch}-{interpreter}"
+    prefix_hash = hashlib.sha256(sys.prefix.encode()).hexdigest()[:6]
+    folder = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch-{torch}-{prefix_hash}"
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
     # A choice made once stays in CMake's cache: `pip install` after `make` rebuilds nothing.
-    choices = [f"-D{n}={os.environ[n]}" for n in ("ARC_TOPK_TESTS", "ARC_TOPK_WERROR") if n in os.environ]
-    if not (folder / "CMakeCache.txt").exists():
-        choices += ["-G", "Ninja"] if find_program("ninja") else []
-    quiet = ["--log-level=WARNING"]
-    python = [f"-DPython_EXECUTABLE={sys.executable}"]
-    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-    run(cmake, "-S", str(ROOT), "-B", str(folder), *python, *quiet, *choices)
-    run(cmake, "--build", str(folder), "--parallel", jobs)
-    run(cmake, "--install", str(folder), "--prefix", str(prefix), "--component", "python", quiet=True)
-    if os.environ.get("ARC_TOPK_TESTS"):
-        run(cmake, "--install", str(folder), "--prefix", str(ROOT / "build"), "--component", "tests", quiet=True)
+    choices = ("ARC_TOPK_TESTS", "ARC_TOPK_WERROR")
+    configure += [f"-D{name}={os.environ[name]}" for name in choices if name in os.environ]
+    ninja = find_program("ninja")
+    if ninja and not (folder / "CMakeCache.txt").exists():
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    compile_ = [
+        cmake,
+        "--build",
+        str(folder),
+        "--parallel",
+        os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
+    ]
+    install = [cmake, "--install", str(folder), "--prefix"]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would overwrite each other's objects
+        run(*configure, "--log-level=WARNING", quiet=True)
+        run(*compile_)
+        run(*install, str(prefix), "--component", "python", quiet=True)
+        if os.environ.get("ARC_TOPK_TESTS"):
+            run(*install, str(ROOT / "build"), "--component", "tests", quiet=True)
 
 
 def run(*command: str, quiet: bool = False) -> None:
     """Runs a command; ends with one line below the command's own messages if it fails."""
-    environment = dict(os.environ, PATH=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
-    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL if quiet else None)
-    if done.returncode:
+    if subprocess.run(command, stdout=subprocess.DEVNULL if quiet else None).returncode:
         fail(f"`{' '.join(command)}` failed, see its messages above")
 
 
@@ -110,6 +123,7 @@ if __name__ == "__main__":
         """The build_ext command, done by CMake."""
 
         def run(self) -> None:
+            """Builds in place (editable installs too) or into the wheel's folder."""
             build(TORCH, ROOT if self.inplace else Path(self.build_lib).resolve())
 
     setuptools.setup(

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps"
-
 
 def check_torch() -> None:
     """Checks that `_C` is there and was built against the torch that is imported.
@@ -16,15 +14,16 @@ def check_torch() -> None:
     Raises:
         ImportError: `_C` is missing for this Python, or was built against another torch.
     """
-    record = Path(__file__).with_name("_built_for_torch.txt")
+    package = Path(__file__).parent
+    editable = "-e " if (package.parent / "setup.py").exists() else ""
+    remedy = f"in arc-topk's source folder, run `pip install --no-build-isolation {editable}.`"
+
+    record = package / "_built_for_torch.txt"
     if not record.exists() or find_spec("arc_topk._C") is None:
-        raise ImportError(
-            f"arc_topk in {record.parent} has no compiled module for this Python: in arc-topk's "
-            f"source folder run `{REBUILD} .` (or `make build`)"
-        )
+        raise ImportError(f"arc_topk in {package} has no compiled module for this Python: {remedy}")
     built = record.read_text().strip()
     if built != torch.__version__:
         raise ImportError(
             f"arc_topk was built against torch {built}, but torch {torch.__version__} is imported: "
-            f"in arc-topk's source folder run `{REBUILD} .` to build it for this torch"
+            f"to build it for this one, {remedy}"
         )

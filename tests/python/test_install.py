@@ -1,0 +1,179 @@
+"""What goes wrong during installation and import ends in one line that says what to do."""
+
+import os
+import runpy
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+COMMAND = "pip install --no-build-isolation -e ."
+
+
+@pytest.fixture
+def setup():
+    """setup.py's functions."""
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def pip_install(target: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps")
+    # Without these two, the choices made by `make` stand, and nothing is compiled again.
+    choices = {"ARC_TOPK_TESTS", "ARC_TOPK_WERROR"}
+    environment = {name: value for name, value in os.environ.items() if name not in choices}
+    return subprocess.run(
+        [*pip, *options, "--target", str(target), str(ROOT)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def import_from(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-W", "ignore", "-c", code, cwd=folder)
+
+
+def test_the_tests_run_the_package_of_this_checkout(tmp_path):
+    """The editable form: found from anywhere, and it is the source folder."""
+    done = import_from(tmp_path, "import arc_topk; print(arc_topk.__file__)")
+    assert done.stdout.strip() == str(ROOT / "arc_topk" / "__init__.py"), done.stderr
+
+
+def test_a_copy_is_complete(tmp_path):
+    done = pip_install(tmp_path, "--no-build-isolation")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "arc_topk" / "py.typed").exists()
+    done = import_from(
+        tmp_path, "import arc_topk; from arc_topk import _C; print(arc_topk.__file__, _C.__file__)"
+    )
+    files = done.stdout.split()
+    assert [Path(file).parent for file in files] == [tmp_path / "arc_topk"] * 2, done.stderr
+
+
+def test_an_isolated_build_names_the_right_command(tmp_path):
+    done = pip_install(tmp_path)
+    if "could not find a version that satisfies" in done.stderr.lower():
+        pytest.skip("pip reaches no index from here, and an isolated build begins with setuptools")
+    assert done.returncode != 0
+    assert "[1 lines of output]" in done.stderr
+    assert f"run `{COMMAND}`" in done.stderr
+
+
+def test_torch_is_no_build_requirement():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert text.count("requires = [") == 1
+    assert 'requires = ["setuptools>=77"]' in text
+
+
+@pytest.mark.parametrize("version", ["2.10.2", "1.13.1+cpu", "2.9.0a0+gitabc"])
+def test_an_old_torch_is_refused(tmp_path, version):
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    (folder / "version.py").write_text(f"__version__ = '{version}'")
+    done = run(sys.executable, "setup.py", "--version", cwd=ROOT, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"arc-topk: torch {version} is too old, 2.11 is the oldest: "
+        f"run `pip install -U torch`, then `{COMMAND}`\n"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.15.0+cu132", "3.0.0", "2.100.0"])
+def test_torch_is_found_without_importing_it(tmp_path, setup, monkeypatch, version):
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    (folder / "version.py").write_text(f"__version__ = '{version}'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch")
+    assert setup["torch_version"]() == version
+
+
+@pytest.fixture
+def only_programs(tmp_path, monkeypatch):
+    """Returns a function that leaves just the named programs on PATH."""
+
+    def leave(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).write_text("#!/bin/sh\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+
+    monkeypatch.delenv("CXX", raising=False)
+    return leave
+
+
+def test_a_missing_cmake_is_named(setup, only_programs):
+    only_programs("c++")
+    with pytest.raises(SystemExit, match="CMake is missing: run `pip install cmake ninja`"):
+        setup["check_tools"]()
+
+
+@pytest.mark.parametrize(("variable", "name"), [("", "c++, g++"), ("g++-99 -m64", "g++-99")])
+def test_a_missing_compiler_is_named(setup, only_programs, monkeypatch, variable, name):
+    only_programs("cmake")
+    monkeypatch.setenv("CXX", variable)
+    with pytest.raises(SystemExit) as caught:
+        setup["check_tools"]()
+    assert f"no C++ compiler ({name}) is found: install g++ 12 or newer" in str(caught.value)
+
+
+@pytest.mark.parametrize("compiler", ["c++", "g++"])
+def test_cmake_and_a_compiler_suffice(tmp_path, setup, only_programs, compiler):
+    only_programs("cmake", compiler)
+    assert setup["check_tools"]() == str(tmp_path / "cmake")
+
+
+def test_an_old_setuptools_is_refused(setup):
+    with pytest.raises(SystemExit, match=r"setuptools 65\.5\.1 is too old, 77 is the oldest"):
+        setup["check_setuptools"]("65.5.1")
+
+
+def test_another_torch_is_an_import_error_before_the_module_is_loaded(tmp_path):
+    code = """
+import sys, torch
+torch.__version__ = "9.8.7"
+try:
+    import arc_topk
+except ImportError as error:
+    print("arc_topk._C" in sys.modules, error)
+"""
+    done = import_from(tmp_path, code)
+    assert done.stdout == (
+        f"False arc_topk was built against torch {torch.__version__}, but torch 9.8.7 is imported: "
+        f"to build it for this one, in arc-topk's source folder, run `{COMMAND}`\n"
+    ), done.stderr
+
+
+def test_a_package_that_was_not_built_says_so(tmp_path):
+    package = tmp_path / "arc_topk"
+    package.mkdir()
+    for name in ("__init__.py", "_build.py"):
+        (package / name).write_text((ROOT / "arc_topk" / name).read_text())
+    done = import_from(tmp_path, "import arc_topk")
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: arc_topk in {package} has no compiled module for this Python: "
+        "in arc-topk's source folder, run `pip install --no-build-isolation .`"
+    )
+
+
+def test_the_module_has_no_runpath():
+    """torch is imported first: a RUNPATH could only lead to another copy of it."""
+    module = next((ROOT / "arc_topk").glob(f"_C.{sysconfig.get_config_var('SOABI')}.so"))
+    done = run("readelf", "--dynamic", str(module), cwd=ROOT)
+    assert "(NEEDED)" in done.stdout, done.stderr
+    assert "RUNPATH" not in done.stdout
+    assert "RPATH" not in done.stdout
