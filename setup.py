@@ -1,8 +1,9 @@
 """Builds arc_topk/_C by driving CMake; everything else about the package is in pyproject.toml.
 
 The build folder is build/<ABI>-torch-<version>-<hash of sys.prefix>, so that switching between
-interpreters or torch versions rebuilds nothing that was built before. Two environment variables are for the
-Makefile: ARC_TOPK_TESTS ("required", "optional") adds the C++ tests, ARC_TOPK_WERROR=1 makes warnings errors.
+interpreters or torch versions rebuilds nothing that was built before. Two environment variables
+are for the Makefile: ARC_TOPK_TESTS ("required", "optional") adds the C++ tests, and
+ARC_TOPK_WERROR=1 makes warnings errors.
 """
 
 import fcntl
@@ -29,7 +30,7 @@ def fail(message: str) -> None:
 
 
 def torch_version() -> str:
-    """The version of the torch to build against, found without importing it, which takes seconds."""
+    """The version of the torch to build against, found without the slow import of it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         fail(
@@ -39,7 +40,8 @@ def torch_version() -> str:
     version = runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"]
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
         fail(
-            f"torch {version} is too old, 2.11 is the oldest: run `pip install -U torch`, then `{COMMAND}`"
+            f"torch {version} is too old, 2.11 is the oldest: "
+            f"run `pip install -U torch`, then `{COMMAND}`"
         )
     return str(version)
 
@@ -85,20 +87,14 @@ def build(torch: str, prefix: Path) -> None:
     ninja = find_program("ninja")
     if ninja and not (folder / "CMakeCache.txt").exists():
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    compile_ = [
-        cmake,
-        "--build",
-        str(folder),
-        "--parallel",
-        os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
-    ]
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
     install = [cmake, "--install", str(folder), "--prefix"]
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would overwrite each other's objects
         run(*configure, "--log-level=WARNING", quiet=True)
-        run(*compile_)
+        run(cmake, "--build", str(folder), "--parallel", jobs)
         run(*install, str(prefix), "--component", "python", quiet=True)
         if os.environ.get("ARC_TOPK_TESTS"):
             run(*install, str(ROOT / "build"), "--component", "tests", quiet=True)
