@@ -1,0 +1,287 @@
+// What came back from the wire, into the shared estimate or the gradient.
+#pragma once
+
+#include "kernels/cpu/pack.h"
+
+namespace arc_topk::cpu::ARC_TOPK_ISA {
+
+// What a payload's sum is multiplied with to give the mean.
+template <class T>
+inline T mean_factor(const Bucket& b, bool in_first) {
+  return static_cast<T>(1.0 / (in_first ? 1.0 : b.wire_scale) / b.world_size);
+}
+
+template <class T>
+class SumOfSquares {
+ public:
+  void add(const T* x, int64_t n) {
+    constexpr int64_t kWidth = Lanes<double>::kWidth;
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+      const auto xs = load_lanes_as<double>(x + i);
+      add_product(sum_, xs, xs);
+    }
+    const auto xs = load_some_lanes_as<double>(x + i, n - i);
+    add_product(sum_, xs, xs);
+  }
+  double value() const { return sum_lanes(sum_); }
+
+ private:
+  Lanes<double> sum_{};
+};
+
+inline void fill_zero(void* base, DType type, Range range) {
+  const int64_t size = size_of(type);
+  std::memset(byte_offset(base, range.begin * size), 0,
+              static_cast<size_t>((range.end - range.begin) * size));
+}
+
+inline void fill_nan(void* base, DType type, Range range) {
+  with_type(type, [&]<class S>(S) {
+    const S nan = narrow_to<S>(std::numeric_limits<float>::quiet_NaN());
+    std::fill(static_cast<S*>(base) + range.begin, static_cast<S*>(base) + range.end, nan);
+  });
+}
+
+// The gradient of a compressed tensor in which nothing arrived.
+inline void fill_empty(const Bucket& b, Outcome outcome, Range range) {
+  if (shares_estimate(b.feedback)) return;
+  if (outcome == Outcome::kNonFinite) {
+    fill_nan(b.gradient, b.gradient_type, range);
+  } else {
+    fill_zero(b.gradient, b.gradient_type, range);
+  }
+}
+
+template <class T>
+inline void add_to_estimate(const T* mean, int64_t n, T* h) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) h[i] = h[i] + mean[i];
+}
+
+// --- compressed, reduced
+// ----------------------------------------------------------------------------
+
+// Zeros up to and between the picked rows, one stretch after the other.
+class Gaps {
+ public:
+  Gaps(const Bucket& b, const Piece& p)
+      : b_(b), at_(range_of(b, p).begin), end_(range_of(b, p).end) {}
+
+  // Before x is scattered. A single stretch is not zeroed itself: it will be written in any case.
+  void zero_until(const Stretches& x) {
+    const int64_t first = x.start(0);
+    const int64_t behind = x.start(x.count - 1) + x.valid(x.count - 1);
+    fill_zero(b_.gradient, b_.gradient_type, {at_, x.count == 1 ? first : behind});
+    at_ = behind;
+  }
+  void zero_rest() { fill_zero(b_.gradient, b_.gradient_type, {at_, end_}); }
+
+ private:
+  const Bucket& b_;
+  int64_t at_;
+  const int64_t end_;
+};
+
+inline double apply(const Bucket& b, const Piece& p) {
+  const Outcome outcome = b.outcome[p.segment];
+  if (outcome != Outcome::kNormal) {
+    fill_empty(b, outcome, range_of(b, p));
+    return 0;
+  }
+  return with_work_type(b, [&]<class T>(T) {
+    const bool shared = shares_estimate(b.feedback);
+    const int64_t packed = segment_of(b, p).packed;
+    const T factor = mean_factor<T>(b, false);
+    Buffers<T> buffers;
+    SumOfSquares<T> squares;
+    Gaps gaps(b, p);
+    for_picked(b, p, [&](const Stretches& picked, int64_t at) {
+      const int64_t n = picked.numel();
+      const T* sum = load(b.second, b.wire_type, packed + at, n, buffers.g);
+      T* mean = buffers.x;
+      for (int64_t i = 0; i < n; ++i) mean[i] = sum[i] * factor;
+      squares.add(mean, n);
+      if (shared) {
+        T* h = gather(b.shared, b.state_type, picked, buffers.a);
+        add_to_estimate(mean, n, h);
+        scatter(h, b.shared, b.state_type, picked);
+      } else {
+        gaps.zero_until(picked);
+        scatter(mean, b.gradient, b.gradient_type, picked);
+      }
+    });
+    if (!shared) gaps.zero_rest();
+    return squares.value();
+  });
+}
+
+// --- compressed, gathered (Top-K)
+// -------------------------------------------------------------------
+
+// Adds one rank's elements in rows [begin, end) to sum[].
+template <class T>
+inline void add_sparse(const void* picks, const void* values, DType type, int64_t count,
+                       int64_t begin, int64_t end, T* sum) {
+  with_type(type, [&]<class W>(W) {
+    for (int64_t k = first_pick(picks, count, begin); k < count; ++k) {
+      const int64_t row = read<int32_t>(picks, k);
+      if (row >= end) return;
+      sum[row - begin] += widen_to<T>(read<W>(values, k));
+    }
+  });
+}
+
+inline int64_t distance(const void* from, const void* to) {
+  return static_cast<const char*>(to) - static_cast<const char*>(from);
+}
+
+inline double apply_gathered(const Bucket& b, const Piece& p, const void* message,
+                             const void* gathered, int64_t stride) {
+  const Outcome outcome = b.outcome[p.segment];
+  if (outcome != Outcome::kNormal) {
+    fill_empty(b, outcome, range_of(b, p));
+    return 0;
+  }
+  return with_work_type(b, [&]<class T>(T) {
+    constexpr int64_t kBlock = 8 * kChunk;  // each costs a binary search in every rank's picks
+    alignas(64) T sum[kBlock];
+    Buffers<T> buffers;
+    SumOfSquares<T> squares;
+    const Segment& s = segment_of(b, p);
+    const bool shared = shares_estimate(b.feedback);
+    const T factor = mean_factor<T>(b, false);
+    const int64_t picks_at = distance(message, b.picks + s.pick);
+    const int64_t values_at = distance(message, b.second) + s.packed * size_of(b.wire_type);
+    for (int64_t begin = p.row_begin; begin < p.row_end; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, p.row_end);
+      std::fill_n(sum, end - begin, T(0));
+      for (int64_t rank = 0; rank < b.world_size; ++rank) {
+        const void* theirs = byte_offset(gathered, rank * stride);
+        add_sparse(byte_offset(theirs, picks_at), byte_offset(theirs, values_at), b.wire_type,
+                   s.kept, begin, end, sum);
+      }
+      for (int64_t i = 0; i < end - begin; ++i) sum[i] *= factor;
+      squares.add(sum, end - begin);
+      for_chunks({begin, end}, [&](int64_t row, int64_t n) {
+        const T* mean = sum + (row - begin);
+        if (!shared) return store(mean, b.gradient, b.gradient_type, s.offset + row, n);
+        T* h = load(b.shared, b.state_type, s.offset + row, n, buffers.a);
+        add_to_estimate(mean, n, h);
+        store(h, b.shared, b.state_type, s.offset + row, n);
+      });
+    }
+    return squares.value();
+  });
+}
+
+// --- dense
+// ------------------------------------------------------------------------------------------
+
+// Where the mean of a dense tensor comes from: see mark_dense() in rows.h.
+struct Source {
+  int64_t shift;
+  int64_t copies;
+  int64_t stride;
+};
+
+// Elements [i, i + n) of the bucket, averaged, into mean[].
+template <class T>
+inline void average(const Bucket& b, const Segment& s, const Source& source, int64_t i, int64_t n,
+                    T* mean) {
+  alignas(64) T buffer[kChunk];
+  if (source.copies == 0) {
+    const T* g = load(b.gradient, b.gradient_type, i, n, buffer);
+    std::copy_n(g, n, mean);
+    return;
+  }
+  const DType type = s.dense_in_first ? kTypeOf<T> : b.wire_type;
+  const int64_t at = (s.packed + i - s.offset) * size_of(type);
+  void* own = byte_offset(s.dense_in_first ? b.first : b.second, at + source.shift);
+  alignas(64) char aligned[kChunk * 8];
+  std::fill_n(mean, n, T(0));
+  for (int64_t copy = 0; copy < source.copies; ++copy) {
+    std::memcpy(aligned, byte_offset(own, copy * source.stride),
+                static_cast<size_t>(n * size_of(type)));
+    const T* x = load(aligned, type, 0, n, buffer);
+    for (int64_t j = 0; j < n; ++j) mean[j] += x[j];
+  }
+  const T factor = mean_factor<T>(b, s.dense_in_first);
+  for (int64_t j = 0; j < n; ++j) mean[j] *= factor;
+}
+
+inline Marks mark_dense(const Bucket& b, const Piece& p, int64_t shift, int64_t copies,
+                        int64_t stride) {
+  return with_work_type(b, [&]<class T>(T) {
+    Marks marks{};
+    alignas(64) T mean[kChunk];
+    for_chunks(range_of(b, p), [&](int64_t i, int64_t n) {
+      average(b, segment_of(b, p), {shift, copies, stride}, i, n, mean);
+      int nonzero = 0;
+      int nonfinite = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        nonzero |= key_of(mean[j]) != 0;
+        nonfinite |= !is_finite(mean[j]);
+      }
+      marks.nonzero |= nonzero != 0;
+      marks.nonfinite |= nonfinite != 0;
+    });
+    return marks;
+  });
+}
+
+inline void apply_dense(const Bucket& b, const Piece& p, int64_t shift, int64_t copies,
+                        int64_t stride) {
+  const bool shared = shares_estimate(b.feedback);
+  if (shared && b.outcome[p.segment] != Outcome::kNormal) return;
+  with_work_type(b, [&]<class T>(T) {
+    const T eta = static_cast<T>(b.eta);
+    const T keep = static_cast<T>(1 - b.eta);
+    Buffers<T> buffers;
+    for_chunks(range_of(b, p), [&](int64_t i, int64_t n) {
+      T* mean = buffers.x;
+      average(b, segment_of(b, p), {shift, copies, stride}, i, n, mean);
+      if (!shared) return store(mean, b.gradient, b.gradient_type, i, n);
+      if (b.feedback == FeedbackKind::kEF21M) {
+        const T* h = load(b.shared, b.state_type, i, n, buffers.a);
+        for (int64_t j = 0; j < n; ++j) mean[j] = keep * h[j] + eta * mean[j];
+      }
+      store(mean, b.shared, b.state_type, i, n);
+    });
+  });
+}
+
+// --- any
+// --------------------------------------------------------------------------------------------
+
+inline void publish(const Bucket& b, const Piece& p) {
+  const Range range = range_of(b, p);
+  if (b.outcome[p.segment] == Outcome::kNonFinite)
+    return fill_nan(b.gradient, b.gradient_type, range);
+  with_work_type(b, [&]<class T>(T) {
+    alignas(64) T buffer[kChunk];
+    for_chunks(range, [&](int64_t i, int64_t n) {
+      store(load(b.shared, b.state_type, i, n, buffer), b.gradient, b.gradient_type, i, n);
+    });
+  });
+}
+
+inline void copy_gradient(const Bucket& b, Range range, void* to) {
+  with_work_type(b, [&]<class T>(T) {
+    alignas(64) T buffer[kChunk];
+    for_chunks(range, [&](int64_t i, int64_t n) {
+      store(load(b.gradient, b.gradient_type, i, n, buffer), to, b.state_type, i, n);
+    });
+  });
+}
+
+inline void remember(const Bucket& b, const Piece& p) {
+  const Range range = range_of(b, p);
+  if (b.feedback == FeedbackKind::kEF21) return copy_gradient(b, range, b.own_a);
+  fill_zero(b.own_a, b.state_type, range);
+  copy_gradient(b, range, b.own_b);
+}
+
+inline void adopt(const Bucket& b, const Piece& p) { copy_gradient(b, range_of(b, p), b.shared); }
+
+}  // namespace arc_topk::cpu::ARC_TOPK_ISA

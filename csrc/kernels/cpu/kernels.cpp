@@ -1,0 +1,312 @@
+// The CPU's kernels: what is done to a piece is in rows.cpp, here the pieces are shared out between
+// threads and the segments' marks are kept. at::parallel_for splits into equal contiguous parts.
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/select.h"
+
+namespace arc_topk {
+namespace cpu {
+
+namespace baseline {
+extern const Rows rows;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Rows rows;
+}
+namespace avx512 {
+extern const Rows rows;
+}
+#endif
+
+int tables(const Rows* (&found)[kMaxTables]) {
+  int count = 0;
+  found[count++] = &baseline::rows;
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (has_avx2 && __builtin_cpu_supports("fma")) found[count++] = &avx2::rows;
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    found[count++] = &avx512::rows;
+  }
+#endif
+  return count;
+}
+
+namespace {
+
+// Calls f(piece, segment, index of the piece).
+template <class F>
+void for_pieces(const Bucket& b, const F& f) {
+  at::parallel_for(0, b.num_pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(b.pieces[i], b.segments[b.pieces[i].segment], i);
+  });
+}
+
+// Added up piece by piece in their order: the same sum whatever the number of threads.
+template <class F>
+double sum_over_pieces(const Bucket& b, const F& f) {
+  static thread_local std::vector<double> sums;  // grows to the largest bucket's, once
+  if (static_cast<int64_t>(sums.size()) < b.num_pieces)
+    sums.resize(static_cast<size_t>(b.num_pieces));
+  double* const part = sums.data();
+  for_pieces(b, [&](const Piece& p, const Segment& s, int64_t i) { part[i] = f(p, s); });
+  double sum = 0;
+  for (int64_t i = 0; i < b.num_pieces; ++i) sum += part[i];
+  return sum;
+}
+
+// Several threads may work on one segment. All of them write the same value.
+void mark(uint8_t& flag) { std::atomic_ref(flag).store(1, std::memory_order_relaxed); }
+bool is_marked(uint8_t& flag) { return std::atomic_ref(flag).load(std::memory_order_relaxed) != 0; }
+
+// A flag's number as it travels; 0, 1 and infinity have simple bits in every type.
+double read_flag(DType type, const void* flags, int64_t i) {
+  const char* at = static_cast<const char*>(flags) + i * size_of(type);
+  const auto read = [at](auto x) {
+    std::memcpy(&x, at, sizeof(x));
+    return x;
+  };
+  switch (type) {
+    case DType::kF64:
+      return read(double{});
+    case DType::kF32:
+      return read(float{});
+    case DType::kBF16:
+      return std::bit_cast<float>(uint32_t{read(uint16_t{})} << 16);
+    case DType::kF16:
+      break;
+  }
+  // Only zero and non-finite are told apart.
+  const uint16_t bits = read(uint16_t{}) & 0x7FFF;
+  return bits >= 0x7C00 ? std::numeric_limits<double>::infinity() : bits;
+}
+
+void write_flag(DType type, void* flags, int64_t i, double value) {
+  char* at = static_cast<char*>(flags) + i * size_of(type);
+  const auto write = [at](auto x) { std::memcpy(at, &x, sizeof(x)); };
+  const bool infinite = std::isinf(value);
+  switch (type) {
+    case DType::kF64:
+      return write(value);
+    case DType::kF32:
+      return write(static_cast<float>(value));
+    case DType::kBF16:
+      return write(static_cast<uint16_t>(infinite ? 0x7F80 : value != 0 ? 0x3F80 : 0));
+    case DType::kF16:
+      return write(static_cast<uint16_t>(infinite ? 0x7C00 : value != 0 ? 0x3C00 : 0));
+  }
+}
+
+class CpuKernels final : public Kernels {
+ public:
+  explicit CpuKernels(const Rows& rows) : rows_(rows) {}
+
+  void project(float* data, int64_t stride, int64_t begin, int64_t end, int64_t sketch_dim,
+               uint64_t seed, uint64_t step) const override {
+    constexpr int64_t kGrain = 4096;
+    at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
+      rows_.project(data, stride, from, to, sketch_dim, seed, step);
+    });
+  }
+
+  void scan(const Bucket& b) const override {
+    std::fill_n(b.used, b.num_segments, uint8_t{0});
+    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+      uint8_t& used = b.used[p.segment];
+      if (s.compressed() && !is_marked(used) && rows_.has_nonzero(b, p)) mark(used);
+    });
+  }
+
+  void prepare(const Bucket& b, const Projection* v) const override {
+    std::fill_n(b.bad, b.num_segments, uint8_t{0});
+    std::fill_n(b.outcome, b.num_segments, Outcome::kNormal);
+    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+      if (!s.compressed()) return rows_.copy_dense(b, p);
+      if (!rows_.prepare(b, p, v, b.used[p.segment])) mark(b.bad[p.segment]);
+    });
+  }
+
+  void write_flags(const Bucket& b) const override {
+    for (int64_t i = 0; i < b.num_segments; ++i) {
+      if (!b.segments[i].compressed()) continue;
+      const double used = b.used[i] ? 1 : 0;
+      write_flag(b.flag_type, b.flags, b.segments[i].flag,
+                 b.bad[i] ? std::numeric_limits<double>::infinity() : used);
+    }
+  }
+
+  void read_flags(const Bucket& b, const void* flags, int64_t copies,
+                  int64_t stride) const override {
+    for (int64_t i = 0; i < b.num_segments; ++i) {
+      if (!b.segments[i].compressed()) continue;
+      double sum = 0;
+      for (int64_t copy = 0; copy < copies; ++copy) {
+        sum += read_flag(b.flag_type, static_cast<const char*>(flags) + copy * stride,
+                         b.segments[i].flag);
+      }
+      b.outcome[i] = !std::isfinite(sum) ? Outcome::kNonFinite
+                     : sum == 0          ? Outcome::kUnused
+                                         : Outcome::kNormal;
+    }
+  }
+
+  void settle(const Bucket& b) const override {
+    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+      if (!s.compressed()) return;
+      const bool stored = b.used[p.segment];
+      const Outcome outcome = b.outcome[p.segment];
+      if (!stored && outcome == Outcome::kNormal) rows_.prepare(b, p, nullptr, true);
+      if (stored && outcome == Outcome::kNonFinite) rows_.undo(b, p);
+    });
+  }
+
+  double score(const Bucket& b) const override {
+    return sum_over_pieces(b, [&](const Piece& p, const Segment& s) {
+      const bool scored = s.compressed() && b.outcome[p.segment] == Outcome::kNormal;
+      return scored ? rows_.score(b, p) : 0;
+    });
+  }
+
+  void randomize(const Bucket& b, uint64_t seed, uint64_t step) const override {
+    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+      if (s.compressed()) rows_.randomize(b, p, seed, step);
+    });
+  }
+
+  void magnitudes(const Bucket& b) const override {
+    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+      if (s.compressed()) rows_.magnitudes(b, p);
+    });
+  }
+
+  void select(const Bucket& b) const override {
+    at::parallel_for(0, b.num_segments, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Segment& s = b.segments[i];
+        if (!s.compressed() || b.outcome[i] != Outcome::kNormal) continue;
+        if (b.gradient_type == DType::kF64) {
+          select_largest(static_cast<const uint64_t*>(b.keys) + s.key, s.rows, s.kept,
+                         b.picks + s.pick);
+        } else {
+          select_largest(static_cast<const uint32_t*>(b.keys) + s.key, s.rows, s.kept,
+                         b.picks + s.pick);
+        }
+      }
+    });
+  }
+
+  void pack(const Bucket& b, PackMode mode) const override {
+    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+      if (s.compressed()) rows_.pack(b, p, mode);
+    });
+  }
+
+  double apply(const Bucket& b) const override {
+    if (shares_estimate(b.feedback)) mark_dense(b, 0, 1, 0);
+    return sum_over_pieces(b, [&](const Piece& p, const Segment& s) {
+      if (s.compressed()) return rows_.apply(b, p);
+      rows_.apply_dense(b, p, 0, 1, 0);
+      return 0.0;
+    });
+  }
+
+  double apply_gathered(const Bucket& b, const void* message, const void* gathered,
+                        int64_t stride) const override {
+    const int64_t shift = static_cast<const char*>(gathered) - static_cast<const char*>(message);
+    if (shares_estimate(b.feedback)) mark_dense(b, shift, b.world_size, stride);
+    return sum_over_pieces(b, [&](const Piece& p, const Segment& s) {
+      if (s.compressed()) return rows_.apply_gathered(b, p, message, gathered, stride);
+      rows_.apply_dense(b, p, shift, b.world_size, stride);
+      return 0.0;
+    });
+  }
+
+  void publish(const Bucket& b) const override {
+    for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.publish(b, p); });
+  }
+
+  void remember(const Bucket& b) const override {
+    for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.remember(b, p); });
+  }
+
+  bool adopt(const Bucket& b) const override {
+    uint8_t nonfinite = 0;
+    for_pieces(b, [&](const Piece& p, const Segment&, int64_t) {
+      if (!is_marked(nonfinite) && rows_.mark_dense(b, p, 0, 0, 0).nonfinite) mark(nonfinite);
+    });
+    if (nonfinite) return false;
+    for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.adopt(b, p); });
+    return true;
+  }
+
+  void blend(const Bucket& b) const override {
+    mark_dense(b, 0, 0, 0);
+    for_pieces(b,
+               [&](const Piece& p, const Segment&, int64_t) { rows_.apply_dense(b, p, 0, 0, 0); });
+  }
+
+ private:
+  // The outcome of dense segments, from their means. used[] and bad[] are free for it: of a dense
+  // segment they mean nothing else.
+  void mark_dense(const Bucket& b, int64_t shift, int64_t copies, int64_t stride) const {
+    for (int64_t i = 0; i < b.num_segments; ++i) {
+      if (!b.segments[i].compressed()) b.used[i] = b.bad[i] = 0;
+    }
+    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+      if (s.compressed()) return;
+      const Marks marks = rows_.mark_dense(b, p, shift, copies, stride);
+      if (marks.nonzero) mark(b.used[p.segment]);
+      if (marks.nonfinite) mark(b.bad[p.segment]);
+    });
+    for (int64_t i = 0; i < b.num_segments; ++i) {
+      if (b.segments[i].compressed()) continue;
+      b.outcome[i] = b.bad[i]    ? Outcome::kNonFinite
+                     : b.used[i] ? Outcome::kNormal
+                                 : Outcome::kUnused;
+    }
+  }
+
+  const Rows& rows_;
+};
+
+}  // namespace
+
+const Kernels& kernels_with(const Rows& table) {
+  static const CpuKernels baseline(baseline::rows);
+#if defined(__x86_64__)
+  static const CpuKernels avx2(avx2::rows);
+  static const CpuKernels avx512(avx512::rows);
+  if (&table == &avx2::rows) return avx2;
+  if (&table == &avx512::rows) return avx512;
+#endif
+  return baseline;
+}
+
+namespace {
+
+const Rows& best_table() {
+  const Rows* found[kMaxTables];
+  return *found[tables(found) - 1];
+}
+
+}  // namespace
+}  // namespace cpu
+
+const Kernels& cpu_kernels() {
+  static const Kernels& kernels = cpu::kernels_with(cpu::best_table());
+  return kernels;
+}
+
+const char* cpu_isa() {
+  static const char* const isa = cpu::best_table().isa;
+  return isa;
+}
+
+}  // namespace arc_topk

@@ -1,0 +1,203 @@
+// The selected rows of the message: onto the wire, and out of what this rank still has to send.
+#pragma once
+
+#include <limits>
+
+#include "kernels/cpu/prepare.h"
+
+namespace arc_topk::cpu::ARC_TOPK_ISA {
+
+// Element i of an array that need not be aligned, as in a gathered message.
+template <class S>
+inline S read(const void* base, int64_t i) {
+  S x;
+  std::memcpy(&x, static_cast<const char*>(base) + i * static_cast<int64_t>(sizeof(S)), sizeof(S));
+  return x;
+}
+
+// The first of `count` ascending picks that is not below `row`.
+inline int64_t first_pick(const void* picks, int64_t count, int64_t row) {
+  int64_t at = 0;
+  while (count > 0) {
+    const int64_t half = count / 2;
+    if (read<int32_t>(picks, at + half) < row) {
+      at += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return at;
+}
+
+// Equal stretches of an array that lie apart: selected rows, or parts of them. Those that go beyond
+// `end` are cut off there and count as zero behind.
+struct Stretches {
+  int64_t origin;
+  const int32_t* picks;
+  int64_t count;
+  int64_t stride;
+  int64_t length;
+  int64_t end;
+
+  int64_t start(int64_t k) const { return origin + picks[k] * stride; }
+  int64_t valid(int64_t k) const { return std::clamp<int64_t>(end - start(k), 0, length); }
+  int64_t numel() const { return count * length; }
+};
+
+// Calls f(stretches, at) for the picks of a piece, kChunk elements or fewer at a time; `at` is
+// where they begin among the segment's packed rows.
+template <class F>
+inline void for_picked(const Bucket& b, const Piece& p, F&& f) {
+  const Segment& s = segment_of(b, p);
+  const int32_t* picks = b.picks + s.pick;
+  const int64_t begin = first_pick(picks, s.kept, p.row_begin);
+  const int64_t end = first_pick(picks, s.kept, p.row_end);
+  const int64_t rows = std::max<int64_t>(1, kChunk / s.cols);
+  for (int64_t k = begin; k < end; k += rows) {
+    Stretches x{s.offset, picks + k, std::min(rows, end - k), s.cols, s.cols, s.offset + s.numel};
+    for (int64_t column = 0; column < s.cols; column += kChunk) {
+      x.origin = s.offset + column;
+      x.length = std::min(kChunk, s.cols - column);
+      f(x, k * s.cols + column);
+    }
+  }
+}
+
+// The stretches one after the other as T. As in load(), where they lie if that is possible.
+template <class T>
+inline T* gather(void* base, DType type, const Stretches& x, T* buffer) {
+  if (x.count == 1 && x.valid(0) == x.length) return load(base, type, x.start(0), x.length, buffer);
+  with_type(type, [&]<class S>(S) {
+    const S* from = static_cast<const S*>(base);
+    if (x.length == 1) {
+      for (int64_t k = 0; k < x.count; ++k) buffer[k] = widen_to<T>(from[x.start(k)]);
+      return;
+    }
+    for (int64_t k = 0; k < x.count; ++k) {
+      T* to = buffer + k * x.length;
+      const int64_t valid = x.valid(k);
+      widen_run(from + x.start(k), valid, to);
+      std::fill(to + valid, to + x.length, T(0));
+    }
+  });
+  return buffer;
+}
+
+template <class T>
+inline void scatter(const T* from, void* base, DType type, const Stretches& x) {
+  if (x.count == 1) return store(from, base, type, x.start(0), x.valid(0));
+  with_type(type, [&]<class S>(S) {
+    S* to = static_cast<S*>(base);
+    if (x.length == 1) {
+      for (int64_t k = 0; k < x.count; ++k) to[x.start(k)] = narrow_to<S>(from[k]);
+      return;
+    }
+    for (int64_t k = 0; k < x.count; ++k) {
+      narrow_run(from + k * x.length, x.valid(k), to + x.start(k));
+    }
+  });
+}
+
+// The largest finite number of a type. What is larger is cut off to it before it is sent, so that
+// what was sent is finite, and so is what stays behind in the state.
+inline double largest(DType type) {
+  switch (type) {
+    case DType::kF64:
+      break;
+    case DType::kF32:
+      return std::numeric_limits<float>::max();
+    case DType::kBF16:
+      return widen(BF16{0x7F7F});
+    case DType::kF16:
+      return 65504;
+  }
+  return std::numeric_limits<double>::max();
+}
+
+// What arrives of x by the wire: c = round(x * scale) / scale. Puts the wire's values at `wire`
+// unless that is null.
+template <class T>
+inline const T* round_to_wire(const Bucket& b, const T* x, int64_t n, void* wire, int64_t at,
+                              T* buffer) {
+  if (b.wire_type == kTypeOf<T> && b.wire_scale == 1) {
+    if (wire != nullptr) store(x, wire, b.wire_type, at, n);
+    return x;
+  }
+  const T scale = static_cast<T>(b.wire_scale);
+  const T back = static_cast<T>(1 / b.wire_scale);
+  const T limit = static_cast<T>(largest(b.wire_type));
+  for (int64_t i = 0; i < n; ++i) buffer[i] = std::clamp(x[i] * scale, -limit, limit);
+  with_type(b.wire_type, [&]<class W>(W) {
+    W rounded[kChunk];
+    W* to = wire != nullptr ? static_cast<W*>(wire) + at : rounded;
+    narrow_run(buffer, n, to);
+    widen_run(to, n, buffer);
+  });
+  for (int64_t i = 0; i < n; ++i) buffer[i] *= back;
+  return buffer;
+}
+
+template <class F, class T>
+inline void pack_rows(const Bucket& b, const Piece& p, const F& feedback, PackMode mode) {
+  constexpr int kStates = own_states(F::kKind);
+  constexpr bool kFromGradient = !keeps_message(F::kKind);
+  const Segment& s = segment_of(b, p);
+  const bool prepared = mode != PackMode::kPayload || used_here(b, p);
+  void* wire = mode == PackMode::kCommit ? nullptr : b.second;
+  Buffers<T> buffers;
+  alignas(64) T rounded[kChunk];
+  for_picked(b, p, [&](const Stretches& picked, int64_t at) {
+    const int64_t n = picked.numel();
+    Elements<T> e{};
+    if (kFromGradient || !prepared) e.g = gather(b.gradient, b.gradient_type, picked, buffers.g);
+    if (kStates > 0) e.a = gather(b.own_a, b.state_type, picked, buffers.a);
+    if (kStates > 1) e.b = gather(b.own_b, b.state_type, picked, buffers.b);
+    const T* x = message(b, feedback, e, n, prepared, buffers.x);
+    const T* c = round_to_wire(b, x, n, wire, s.packed + at, rounded);
+    if (mode == PackMode::kPayload || kStates == 0) return;
+    T unused = 0;
+#pragma GCC ivdep  // c is e.a, or overlaps neither
+    for (int64_t i = 0; i < n; ++i) {
+      const T sent = c[i];
+      feedback.sent(sent, e.a[i], kStates > 1 ? e.b[i] : unused);
+    }
+    scatter(e.a, b.own_a, b.state_type, picked);
+    if (kStates > 1) scatter(e.b, b.own_b, b.state_type, picked);
+  });
+}
+
+inline void pack(const Bucket& b, const Piece& p, PackMode mode) {
+  const Segment& s = segment_of(b, p);
+  const bool sends =
+      !b.bad[p.segment] && (mode == PackMode::kPayload || b.outcome[p.segment] == Outcome::kNormal);
+  if (sends) {
+    with_feedback(
+        b, [&]<class F, class T>(const F& feedback, T) { pack_rows<F, T>(b, p, feedback, mode); });
+  } else if (mode != PackMode::kCommit && p.row_begin == 0) {
+    const int64_t size = size_of(b.wire_type);
+    std::memset(byte_offset(b.second, s.packed * size), 0,
+                static_cast<size_t>(s.kept * s.cols * size));
+  }
+}
+
+// A dense tensor into its payload. Never clamped: an infinity must arrive.
+inline void copy_dense(const Bucket& b, const Piece& p) {
+  with_work_type(b, [&]<class T>(T) {
+    const Segment& s = segment_of(b, p);
+    void* to = s.dense_in_first ? b.first : b.second;
+    const DType type = s.dense_in_first ? kTypeOf<T> : b.wire_type;
+    const T scale = s.dense_in_first ? T(1) : static_cast<T>(b.wire_scale);
+    Buffers<T> buffers;
+    for_chunks(range_of(b, p), [&](int64_t i, int64_t n) {
+      const T* g = load(b.gradient, b.gradient_type, i, n, buffers.g);
+      if (scale != 1) {
+        for (int64_t j = 0; j < n; ++j) buffers.x[j] = g[j] * scale;
+        g = buffers.x;
+      }
+      store(g, to, type, s.packed + i - s.offset, n);
+    });
+  });
+}
+
+}  // namespace arc_topk::cpu::ARC_TOPK_ISA
