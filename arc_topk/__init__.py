@@ -5,3 +5,19 @@ from arc_topk._build import check_torch
 __version__ = "0.1.0"
 
 check_torch()
+
+# Only now: loading the compiled module next to another torch crashes.
+from arc_topk.config import Config  # noqa: E402
+from arc_topk.exchange import GradientExchange  # noqa: E402
+from arc_topk.hook import State, arc_topk_hook, register  # noqa: E402
+from arc_topk.plan import Plan, PlanRow  # noqa: E402
+
+__all__ = [
+    "Config",
+    "GradientExchange",
+    "Plan",
+    "PlanRow",
+    "State",
+    "arc_topk_hook",
+    "register",
+]

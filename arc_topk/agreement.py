@@ -1,0 +1,59 @@
+"""All ranks agree, or all ranks raise the same error: checked once, before anything is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from arc_topk.config import Config
+
+Tensors = Sequence[tuple[str, tuple[int, ...], str]]
+
+
+def describe_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> Tensors:
+    """(name, shape, dtype) of each tensor."""
+    return [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
+
+
+def agree(
+    config: Config | None, tensors: Tensors, error: Exception | None, group: dist.ProcessGroup
+) -> None:
+    """Compares configuration and tensors across the ranks of ``group``: a collective.
+
+    Args:
+        config: this rank's, or None if ``error`` is given.
+        tensors: this rank's, by `describe_tensors`.
+        error: what this rank found wrong by itself. It is raised here; the other ranks learn of it,
+            so that none of them waits for a rank that has given up.
+        group: must be usable with CPU tensors.
+
+    Raises:
+        ValueError: on every rank, if ranks differ or one has an error; names rank, field and values.
+    """
+    fields = {} if config is None else {k: str(v) for k, v in vars(config).items()}
+    mine = (None if error is None else f"{type(error).__name__}: {error}", fields, list(tensors))
+    ranks: list[tuple[str | None, dict[str, str], list[tuple[str, tuple[int, ...], str]]]]
+    ranks = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, mine, group=group)
+    if error is not None:
+        raise error
+    for rank, (theirs, _, _) in enumerate(ranks):
+        if theirs is not None:
+            raise ValueError(f"arc_topk: rank {rank} could not register: {theirs}")
+    for field in dataclasses.fields(Config):
+        _equal(f"Config.{field.name}", [rank[1][field.name] for rank in ranks])
+    _equal("the number of tensors", [str(len(rank[2])) for rank in ranks])
+    for i, tensor in enumerate(mine[2]):
+        for what, j in (("name", 0), ("shape", 1), ("dtype", 2)):
+            _equal(f"the {what} of tensor {i} ('{tensor[0]}')", [str(r[2][i][j]) for r in ranks])
+
+
+def _equal(what: str, values: list[str]) -> None:
+    if len(set(values)) > 1:
+        listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+        raise ValueError(
+            f"arc_topk: {what} differs between ranks ({listed}); expected the same on every rank"
+        )

@@ -1,0 +1,105 @@
+"""What can be chosen, checked before anything is sent."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from arc_topk import _C
+
+COMPRESSORS = ("arc_topk", "dense", "rand_k", "top_k")
+FEEDBACKS = ("ef14", "ef21", "ef21m", "none")
+WIRE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+DEFAULT_ETA = 0.1
+
+
+@dataclass(frozen=True)
+class Config:
+    """How gradients are averaged. Must be equal on every rank; a difference is an error on every rank.
+
+    Attributes:
+        compressor: ``"arc_topk"`` (arXiv 2510.26709), ``"top_k"``, ``"rand_k"`` or ``"dense"``.
+        feedback: ``"ef14"``, ``"ef21"``, ``"ef21m"`` (the paper's, EF21-SGDM of Fatkhullin et al.,
+            NeurIPS 2023) or ``"none"``. EF14 is the default because it reached lower losses at equal
+            bytes in every trial of ours, with half of EF21M's state: docs/algorithm.md.
+        ratio: kept share of a matrix's rows (Top-K: of its elements), in (0, 1]. The share of *bytes*
+            is larger by the sketch and the tensors that stay dense: ``State.plan()`` shows it.
+        sketch_dim: r, the columns of the sketch, from 1 to 64. A sketch costs ``4 r`` bytes a row.
+        row_width: None keeps whole rows (dimension 0 against the rest). An integer c keeps runs of c
+            elements, and then compresses 1-D tensors too. Rand-K over single elements: 1.
+        eta: EF21M's momentum, in (0, 1]; None means 0.1. With any other feedback it must be None.
+        start_step: synchronised backward passes of plain averaging before compression begins.
+        wire_dtype: what rows travel in; None: the gradient's dtype. What a narrower type rounds away
+            stays in the error feedback.
+        state_dtype: what error feedback is kept in: None or ``torch.float32``, or ``torch.bfloat16``.
+            float64 gradients always keep float64 state.
+        seed: of the random projection V and of Rand-K's draw, in [0, 2**64). torch's own generators
+            are not touched.
+
+    Raises:
+        ValueError, TypeError: a field's value is not one of the above; the message names the field,
+            the value and what is expected.
+    """
+
+    compressor: str = "arc_topk"
+    feedback: str = "ef14"
+    ratio: float = 0.1
+    sketch_dim: int = 4
+    row_width: int | None = None
+    eta: float | None = None
+    start_step: int = 0
+    wire_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("compressor", self.compressor, COMPRESSORS)
+        _one_of("feedback", self.feedback, FEEDBACKS)
+        _number("ratio", self.ratio, "a number in (0, 1]", lambda x: 0 < x <= 1)
+        _integer("sketch_dim", self.sketch_dim, 1, 64)
+        if self.row_width is not None:
+            _integer("row_width", self.row_width, 1, 2**31 - 1)
+        if self.eta is not None:
+            if self.feedback != "ef21m":
+                raise ValueError(
+                    f"eta is {self.eta} with feedback='{self.feedback}'; only feedback='ef21m' has a "
+                    "momentum: leave eta out, or choose feedback='ef21m'"
+                )
+            _number("eta", self.eta, "a number in (0, 1]", lambda x: 0 < x <= 1)
+        _integer("start_step", self.start_step, 0, 2**62)
+        if self.wire_dtype is not None:
+            _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)
+        if self.state_dtype is not None:
+            _one_of("state_dtype", self.state_dtype, STATE_DTYPES)
+        _integer("seed", self.seed, 0, 2**64 - 1)
+
+    def native(self) -> _C.Config:
+        """The same for the engine, defaults filled in."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["eta"] = DEFAULT_ETA if self.eta is None else self.eta
+        return _C.Config(**fields)
+
+
+def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        names = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{name} is {value!r}; expected one of {names}")
+
+
+def _number(name: str, value: object, expected: str, valid: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
+    if not valid(value):
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    expected = f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")

@@ -1,0 +1,112 @@
+"""What an engine will do with each tensor, and what it will cost, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from arc_topk import _C
+from arc_topk.config import Config
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One tensor.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the parameter.
+        dtype: of the gradient.
+        view: (m, n), the matrix it is seen as; None for a tensor that stays dense.
+        kept: K, rows of that matrix sent a step; None for a tensor that stays dense.
+        wire_bytes: bytes a rank hands to the collectives for it, a step.
+        dense_bytes: what plain averaging would hand over.
+        state_bytes: memory of its error feedback on each rank.
+        why_dense: why it is not compressed; empty if it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    view: tuple[int, int] | None
+    kept: int | None
+    wire_bytes: int
+    dense_bytes: int
+    state_bytes: int
+    why_dense: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of all tensors. ``str()`` or ``print()`` gives an aligned table with totals.
+
+    Attributes:
+        rows: one a tensor, in the order of the model's parameters.
+    """
+
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes a rank hands to the collectives in a compressed step."""
+        return sum(row.wire_bytes for row in self.rows)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes a rank hands to the collectives in a step of plain averaging."""
+        return sum(row.dense_bytes for row in self.rows)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the error feedback, in bytes a rank."""
+        return sum(row.state_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        header = ["parameter", "view", "K", "wire bytes", "dense bytes", "state bytes", "why dense"]
+        lines = [header]
+        for row in self.rows:
+            view = f"{row.view[0]} x {row.view[1]}" if row.view else "x".join(map(str, row.shape))
+            kept = str(row.kept) if row.kept is not None else "-"
+            sizes = [f"{n:,}" for n in (row.wire_bytes, row.dense_bytes, row.state_bytes)]
+            lines.append([row.name, view, kept, *sizes, row.why_dense])
+        totals = [f"{n:,}" for n in (self.wire_bytes, self.dense_bytes, self.state_bytes)]
+        share = self.wire_bytes / self.dense_bytes if self.dense_bytes else 1.0
+        lines.append(["total", "", "", *totals, f"wire/dense {share:.3f}"])
+        return _aligned(lines)
+
+
+def make_plan(
+    config: Config,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    world_size: int,
+) -> Plan:
+    """The plan for named tensors: their shapes, strides and dtypes are used, not their values."""
+    native = config.native()
+    rows = []
+    for name, tensor in tensors:
+        m, n, kept, wire, dense, state, why = _C.describe(
+            native, tensor.shape, tensor.stride(), tensor.dtype, world_size
+        )
+        view = (m, n) if kept else None
+        rows.append(
+            PlanRow(
+                name, tuple(tensor.shape), tensor.dtype, view, kept or None, wire, dense, state, why
+            )
+        )
+    return Plan(tuple(rows))
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Text left, numbers right; the first and last column are text."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    numbers = range(2, len(widths) - 1)
+    text = []
+    for line in lines:
+        cells = [
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)

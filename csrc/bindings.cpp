@@ -1,0 +1,126 @@
+// The only file that knows Python. arc_topk/_C.pyi documents what it exposes.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
+#include <torch/csrc/jit/python/pybind_utils.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "ddp/comm_hook.h"
+
+namespace py = pybind11;
+
+namespace arc_topk {
+namespace {
+
+FeedbackKind feedback_named(const std::string& name) {
+  if (name == "none") return FeedbackKind::kNone;
+  if (name == "ef14") return FeedbackKind::kEF14;
+  if (name == "ef21") return FeedbackKind::kEF21;
+  if (name == "ef21m") return FeedbackKind::kEF21M;
+  throw std::invalid_argument("feedback is '" + name + "'; expected 'none', 'ef14', 'ef21' or 'ef21m'");
+}
+
+std::optional<DType> optional_dtype(const std::optional<at::ScalarType>& type) {
+  if (!type) return std::nullopt;
+  return dtype_of(*type);
+}
+
+Config make_config(std::string compressor, const std::string& feedback, double ratio, int64_t sketch_dim,
+                   std::optional<int64_t> row_width, double eta, int64_t start_step,
+                   std::optional<at::ScalarType> wire_dtype, std::optional<at::ScalarType> state_dtype,
+                   uint64_t seed) {
+  compressor_named(compressor);
+  return {std::move(compressor), feedback_named(feedback),   ratio,      sketch_dim, row_width, eta,
+          start_step,            optional_dtype(wire_dtype), optional_dtype(state_dtype), seed};
+}
+
+// The lane's thread may need the GIL to finish (a Python callback on a future): whoever lets the
+// engine go must not hold it while joining that thread.
+struct DeleteWithoutGil {
+  void operator()(Exchange* exchange) const {
+    if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) {
+      const py::gil_scoped_release release;
+      delete exchange;
+    } else {
+      delete exchange;
+    }
+  }
+};
+
+py::dict as_dict(const Metrics& m) {
+  py::dict seconds;
+  for (int i = 0; i < kNumPhases; ++i) seconds[name_of(static_cast<Phase>(i))] = m.seconds[i];
+  py::dict dict;
+  dict["steps"] = m.steps;
+  dict["compressed_steps"] = m.compressed_steps;
+  dict["exchanges"] = m.exchanges;
+  dict["collectives"] = m.collectives;
+  dict["wire_bytes"] = m.wire_bytes;
+  dict["dense_bytes"] = m.dense_bytes;
+  dict["link_bytes"] = static_cast<uint64_t>(m.link_bytes);
+  dict["energy_captured"] =
+      m.energy.total > 0 ? m.energy.captured / m.energy.total : std::numeric_limits<double>::quiet_NaN();
+  dict["seconds"] = seconds;
+  return dict;
+}
+
+// What make_plan() would decide of one tensor: (rows, cols, kept, wire, dense, state bytes, reason).
+py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
+                   const std::vector<int64_t>& strides, at::ScalarType dtype, int world_size) {
+  const Compressor& compressor = compressor_named(config.compressor);
+  const DType gradient = dtype_of(dtype);
+  const Types types = types_for(config, compressor, gradient);
+  const Matrix m = view_as_matrix(config, compressor, shape_of(sizes, strides), types, world_size);
+  int64_t numel = 1;
+  for (const int64_t size : sizes) numel *= size;
+  return py::make_tuple(m.rows, m.cols, m.kept, m.wire_bytes, numel * size_of(gradient), m.state_bytes,
+                        m.why_dense);
+}
+
+}  // namespace
+}  // namespace arc_topk
+
+PYBIND11_MODULE(_C, module) {
+  using namespace arc_topk;
+
+  py::class_<Config>(module, "Config")
+      .def(py::init(&make_config), py::kw_only(), py::arg("compressor"), py::arg("feedback"),
+           py::arg("ratio"), py::arg("sketch_dim"), py::arg("row_width"), py::arg("eta"),
+           py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"), py::arg("seed"));
+
+  py::class_<Exchange, std::shared_ptr<Exchange>>(module, "Exchange")
+      .def(py::init([](const Config& config, const c10::intrusive_ptr<c10d::ProcessGroup>& group,
+                       const c10::intrusive_ptr<c10d::ProcessGroup>& lane_group) {
+             return std::shared_ptr<Exchange>(new Exchange(config, group, lane_group),
+                                              DeleteWithoutGil());
+           }),
+           py::arg("config"), py::arg("group"), py::arg("lane_group"))
+      .def(
+          "start",
+          [](Exchange& exchange, c10d::GradBucket& bucket) {
+            // A C++ future of a tensor aborts in the reducer when a Python hook returns it: it must
+            // come out of a then(), which also takes the tensor out of a process group's list.
+            c10::intrusive_ptr<c10::ivalue::Future> future;
+            {
+              const py::gil_scoped_release release;
+              future = exchange_bucket(exchange, bucket);
+            }
+            return std::make_shared<torch::jit::PythonFutureWrapper>(std::move(future));
+          },
+          py::arg("bucket"))
+      .def("run", &Exchange::run, py::arg("buffer"), py::arg("parameters"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("set_name", &Exchange::set_name, py::arg("parameter"), py::arg("name"))
+      .def("metrics", [](const Exchange& exchange) { return as_dict(exchange.metrics()); })
+      .def("reset_metrics", &Exchange::reset_metrics);
+
+  module.def(
+      "register_comm_hook",
+      [](const std::shared_ptr<c10d::Reducer>& reducer, std::shared_ptr<Exchange> exchange) {
+        reducer->register_comm_hook(std::make_unique<CommHook>(std::move(exchange)));
+      },
+      py::arg("reducer"), py::arg("exchange"));
+  module.def("describe", &describe, py::arg("config"), py::arg("sizes"), py::arg("strides"),
+             py::arg("dtype"), py::arg("world_size"));
+  module.def("cpu_isa", &cpu_isa);
+}

@@ -1,0 +1,80 @@
+// ARC-Top-K (arXiv 2510.26709): all ranks all-reduce a small random sketch P = X V / sqrt(r) of their
+// messages, keep the K rows whose summed sketch is longest - the same rows everywhere, since the sum
+// is - and all-reduce just those. No index travels.
+//
+//   first payload,  work type:  flags | m x r sketches | dense tensors of that type
+//   second payload, wire type:  K x n rows | dense tensors of the wire's type
+#include "compress/compressor.h"
+
+namespace arc_topk {
+namespace {
+
+class ArcTopK final : public Compressor {
+ public:
+  const char* name() const override { return "arc_topk"; }
+
+  // 4 r m + K n w, and the flag.
+  int64_t wire_bytes(const Matrix& x, const Types& types, const Config& config) const override {
+    return size_of(types.work()) * (config.sketch_dim * x.rows + 1) +
+           size_of(types.wire) * x.kept * x.cols;
+  }
+
+  void lay_out(Plan& plan, const Config& config) const override {
+    int64_t& first = plan.first_numel;
+    int64_t& second = plan.second_numel;
+    plan.flags_in_first = true;
+    plan.flags_at = 0;
+    first = plan.num_flags;
+    for (Segment& s : plan.segments) {
+      if (s.compressed()) {
+        s.sketch = first;
+        first += s.rows * config.sketch_dim;
+        s.packed = second;
+        second += s.kept * s.cols;
+      } else {
+        s.dense_in_first = plan.types.dense == plan.types.work();
+        int64_t& payload = s.dense_in_first ? first : second;
+        s.packed = payload;
+        payload += s.numel;
+      }
+    }
+  }
+
+  void prepare(Step& step) const override {
+    step.enter(Phase::kPrepare);
+    const Projection v = step.projection();
+    step.kernels().scan(step.bucket());
+    step.kernels().prepare(step.bucket(), &v);
+    step.kernels().write_flags(step.bucket());
+  }
+
+  void exchange(Step& step) const override {
+    const Bucket& bucket = step.bucket();
+    const Kernels& kernels = step.kernels();
+
+    step.all_reduce_first(Phase::kFirstCollective);
+
+    step.enter(Phase::kSelect);
+    kernels.read_flags(bucket, bucket.flags, 1, 0);
+    kernels.settle(bucket);
+    step.energy.total = kernels.score(bucket);
+    kernels.select(bucket);
+
+    step.enter(Phase::kPack);
+    kernels.pack(bucket, PackMode::kBoth);
+
+    step.all_reduce_second(Phase::kSecondCollective);
+
+    step.enter(Phase::kApply);
+    step.energy.captured = kernels.apply(bucket);
+  }
+};
+
+}  // namespace
+
+const Compressor& arc_top_k() {
+  static const ArcTopK compressor;
+  return compressor;
+}
+
+}  // namespace arc_topk

@@ -1,0 +1,40 @@
+#include "compress/compressor.h"
+
+#include <stdexcept>
+
+namespace arc_topk {
+
+const char* name_of(Phase phase) {
+  switch (phase) {
+    case Phase::kPrepare:
+      return "prepare";
+    case Phase::kFirstCollective:
+      return "first_collective";
+    case Phase::kSelect:
+      return "select";
+    case Phase::kPack:
+      return "pack";
+    case Phase::kSecondCollective:
+      return "second_collective";
+    case Phase::kApply:
+      return "apply";
+  }
+  return "?";
+}
+
+// A wire narrower than the gradient rounds, and a dense tensor has no state to feed that back from: it
+// rides in the gradient's own type where a payload has that type, else in float32.
+DType Compressor::dense_type(DType gradient, DType wire) const {
+  const bool wide = gradient == DType::kF32 || gradient == DType::kF64;
+  return wide || wire == gradient ? gradient : DType::kF32;
+}
+
+const Compressor& compressor_named(const std::string& name) {
+  for (const Compressor* compressor : {&arc_top_k(), &dense(), &rand_k(), &top_k()}) {
+    if (name == compressor->name()) return *compressor;
+  }
+  throw std::invalid_argument("compressor is '" + name +
+                              "'; expected 'arc_topk', 'dense', 'rand_k' or 'top_k'");
+}
+
+}  // namespace arc_topk

@@ -1,0 +1,61 @@
+// Dense: C_i = X_i, C = the mean. Also what carries a bucket in which nothing is worth compressing.
+//
+// One all-reduce of the bucket's own buffer, in place: no payload, no copy, what DDP itself would do.
+// Only a dense type that is not the gradient's (a float32 wire for bf16 gradients) needs a payload.
+#include "compress/compressor.h"
+
+namespace arc_topk {
+namespace {
+
+class Dense final : public Compressor {
+ public:
+  const char* name() const override { return "dense"; }
+  bool compresses() const override { return false; }
+  int64_t wire_bytes(const Matrix& matrix, const Types&, const Config&) const override {
+    return matrix.dense_bytes;
+  }
+
+  void lay_out(Plan& plan, const Config&) const override {
+    if (in_place(plan)) return;
+    const bool first = plan.types.dense == plan.types.work();
+    for (Segment& s : plan.segments) {
+      s.dense_in_first = first;
+      s.packed = s.offset;
+    }
+    (first ? plan.first_numel : plan.second_numel) = plan.numel;
+  }
+
+  void prepare(Step& step) const override {
+    step.enter(Phase::kPrepare);
+    if (!in_place(step.plan())) step.kernels().prepare(step.bucket(), nullptr);
+  }
+
+  void exchange(Step& step) const override {
+    const Plan& plan = step.plan();
+    if (in_place(plan)) {
+      step.average_gradient(Phase::kFirstCollective);
+    } else if (plan.first_numel > 0) {
+      step.all_reduce_first(Phase::kFirstCollective);
+    } else {
+      step.all_reduce_second(Phase::kFirstCollective);
+    }
+    step.enter(Phase::kApply);
+    if (!in_place(plan)) {
+      step.kernels().apply(step.bucket());
+    } else if (step.bucket().feedback == FeedbackKind::kEF21M) {
+      step.kernels().blend(step.bucket());
+    }
+  }
+
+ private:
+  static bool in_place(const Plan& plan) { return plan.types.dense == plan.types.gradient; }
+};
+
+}  // namespace
+
+const Compressor& dense() {
+  static const Dense compressor;
+  return compressor;
+}
+
+}  // namespace arc_topk

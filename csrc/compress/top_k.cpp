@@ -1,0 +1,81 @@
+// Top-K: each rank keeps its own K elements of largest magnitude. The ranks' choices differ, so values
+// and int32 indices are all-gathered, and C is the mean of N sparse contributions. The classical
+// baseline.
+//
+//   message, bytes:  dense tensors (work type) | [values if 8 bytes] | indices | flags | values
+//
+// The order keeps every part aligned without padding: padding would make the bytes of a tensor depend
+// on the bucket it is in.
+#include <algorithm>
+
+#include "compress/compressor.h"
+
+namespace arc_topk {
+namespace {
+
+constexpr int64_t kIndexBytes = 4;
+constexpr int64_t kFlagBytes = 4;
+
+class TopK final : public Compressor {
+ public:
+  const char* name() const override { return "top_k"; }
+  bool by_element() const override { return true; }
+  bool gathers() const override { return true; }
+
+  int64_t wire_bytes(const Matrix& x, const Types& types, const Config&) const override {
+    return x.kept * (size_of(types.wire) + kIndexBytes) + kFlagBytes;
+  }
+
+  // A ring all-gather sends N - 1 times what a rank hands over, a ring all-reduce 2 (N - 1) / N times.
+  double link_cost(int world_size) const override { return std::max(world_size, 2) / 2.0; }
+
+  void lay_out(Plan& plan, const Config&) const override {
+    for (Segment& s : plan.segments) {
+      s.dense_in_first = plan.types.dense == plan.types.work();
+      if (s.compressed()) s.dense_in_first = false;
+      int64_t& part = s.dense_in_first ? plan.first_numel : plan.second_numel;
+      s.packed = part;
+      part += s.compressed() ? s.kept : s.numel;
+    }
+  }
+
+  void prepare(Step& step) const override {
+    const Bucket& bucket = step.bucket();
+    const Kernels& kernels = step.kernels();
+    step.enter(Phase::kPrepare);
+    kernels.scan(bucket);
+    kernels.prepare(bucket, nullptr);
+    kernels.write_flags(bucket);
+    step.enter(Phase::kSelect);
+    kernels.magnitudes(bucket);
+    kernels.select(bucket);
+    step.enter(Phase::kPack);
+    kernels.pack(bucket, PackMode::kPayload);
+  }
+
+  void exchange(Step& step) const override {
+    const Bucket& bucket = step.bucket();
+    const Kernels& kernels = step.kernels();
+
+    const void* gathered = step.all_gather_message(Phase::kFirstCollective);
+
+    step.enter(Phase::kPack);
+    const auto flags_at = static_cast<const char*>(bucket.flags) - static_cast<const char*>(step.message());
+    kernels.read_flags(bucket, static_cast<const char*>(gathered) + flags_at, bucket.world_size,
+                       step.message_bytes());
+    kernels.settle(bucket);
+    kernels.pack(bucket, PackMode::kCommit);
+
+    step.enter(Phase::kApply);
+    kernels.apply_gathered(bucket, step.message(), gathered, step.message_bytes());
+  }
+};
+
+}  // namespace
+
+const Compressor& top_k() {
+  static const TopK compressor;
+  return compressor;
+}
+
+}  // namespace arc_topk

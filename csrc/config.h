@@ -1,0 +1,25 @@
+// What a user chose: arc_topk/config.py validates and explains the fields; this is the same, in C++.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "kernels/kernels.h"
+
+namespace arc_topk {
+
+struct Config {
+  std::string compressor = "arc_topk";
+  FeedbackKind feedback = FeedbackKind::kEF14;
+  double ratio = 0.1;
+  int64_t sketch_dim = 4;
+  std::optional<int64_t> row_width;
+  double eta = 0.1;
+  int64_t start_step = 0;
+  std::optional<DType> wire_dtype;   // none: the gradient's
+  std::optional<DType> state_dtype;  // none: float32
+  uint64_t seed = 0;
+};
+
+}  // namespace arc_topk

@@ -1,0 +1,123 @@
+#include "exchange/plan.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "compress/compressor.h"
+
+namespace arc_topk {
+namespace {
+
+// Elements a piece of work should have: long enough to hide the cost of handing it out, short enough
+// that every thread gets some of every bucket and a piece's arrays stay in the L2 cache.
+constexpr int64_t kPieceNumel = 32768;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void cut_into_pieces(Plan& plan) {
+  for (size_t i = 0; i < plan.segments.size(); ++i) {
+    const Segment& s = plan.segments[i];
+    const int64_t rows = std::max<int64_t>(1, kPieceNumel / std::max<int64_t>(1, s.cols));
+    for (int64_t row = 0; row < s.rows; row += rows) {
+      plan.pieces.push_back({static_cast<int64_t>(i), row, std::min(row + rows, s.rows)});
+    }
+  }
+}
+
+std::string why_dense(const Config& config, const Compressor& compressor, const Shape& shape,
+                      const Matrix& matrix, double link_cost) {
+  if (!compressor.compresses()) return "compressor 'dense'";
+  if (shape.numel == 0) return "empty";
+  if (shape.dims < 2 && !config.row_width) return "fewer than 2 dimensions and no row_width";
+  if (static_cast<double>(matrix.wire_bytes) * link_cost < static_cast<double>(matrix.dense_bytes)) return "";
+  std::string bytes = std::to_string(matrix.wire_bytes);
+  if (link_cost != 1) bytes += " x " + std::to_string(link_cost).substr(0, 4);
+  return "compressed bytes " + bytes + " >= dense " + std::to_string(matrix.dense_bytes);
+}
+
+int64_t state_bytes(const Config& config, const Compressor& compressor, const Types& types,
+                    int64_t numel) {
+  int64_t arrays = 0;
+  if (compressor.compresses()) {
+    arrays = own_states(config.feedback) + (shares_estimate(config.feedback) ? 1 : 0);
+  } else if (config.feedback == FeedbackKind::kEF21M) {
+    arrays = 1;  // dense under EF21M: the momentum of the mean is all there is to remember
+  }
+  return arrays * size_of(types.state) * numel;
+}
+
+}  // namespace
+
+int64_t kept_rows(double ratio, int64_t rows) {
+  // The product may land a hair above the integer that was meant: 0.07 * 100 is 7.000000000000001.
+  const auto kept = static_cast<int64_t>(std::ceil(ratio * static_cast<double>(rows) * (1 - 1e-12)));
+  return std::clamp<int64_t>(kept, 1, std::max<int64_t>(rows, 1));
+}
+
+Types types_for(const Config& config, const Compressor& compressor, DType gradient) {
+  Types types{};
+  types.gradient = gradient;
+  types.state = gradient == DType::kF64 ? DType::kF64 : config.state_dtype.value_or(DType::kF32);
+  types.wire = config.wire_dtype.value_or(gradient);
+  types.dense = compressor.dense_type(gradient, types.wire);
+  return types;
+}
+
+Matrix view_as_matrix(const Config& config, const Compressor& compressor, const Shape& shape,
+                      const Types& types, int world_size) {
+  Matrix matrix{};
+  if (compressor.by_element()) {
+    matrix.cols = 1;
+  } else if (config.row_width) {
+    matrix.cols = std::min(*config.row_width, std::max<int64_t>(shape.numel, 1));
+  } else {
+    matrix.cols = std::max<int64_t>(1, shape.numel / std::max<int64_t>(shape.rows, 1));
+  }
+  matrix.rows = divide_up(shape.numel, matrix.cols);
+  matrix.kept = kept_rows(config.ratio, matrix.rows);
+  matrix.dense_bytes = shape.numel * size_of(types.dense);
+  matrix.state_bytes = state_bytes(config, compressor, types, shape.numel);
+  matrix.wire_bytes = compressor.wire_bytes(matrix, types, config);
+  matrix.why_dense = why_dense(config, compressor, shape, matrix, compressor.link_cost(world_size));
+  if (!matrix.why_dense.empty()) {
+    matrix.kept = 0;
+    matrix.wire_bytes = matrix.dense_bytes;
+  }
+  return matrix;
+}
+
+Plan make_plan(const Config& config, const Compressor& compressor, DType gradient,
+               const std::vector<Shape>& shapes, int world_size) {
+  Plan plan;
+  plan.types = types_for(config, compressor, gradient);
+  for (const Shape& shape : shapes) {
+    const Matrix matrix = view_as_matrix(config, compressor, shape, plan.types, world_size);
+    Segment s{};
+    s.offset = plan.numel;
+    s.numel = shape.numel;
+    s.stream = shape.stream;
+    s.rows = shape.numel;
+    s.cols = 1;
+    if (matrix.kept > 0) {
+      s.rows = matrix.rows;
+      s.cols = matrix.cols;
+      s.kept = matrix.kept;
+      s.flag = plan.num_flags++;
+      s.key = plan.num_keys;
+      s.pick = plan.num_picks;
+      plan.num_keys += s.rows;
+      plan.num_picks += s.kept;
+      plan.max_cols = std::max(plan.max_cols, s.cols);
+      plan.dense = false;
+    }
+    plan.numel += shape.numel;
+    plan.wire_bytes += matrix.wire_bytes;
+    plan.dense_bytes += shape.numel * size_of(gradient);
+    plan.segments.push_back(s);
+  }
+  cut_into_pieces(plan);
+  (plan.dense ? dense() : compressor).lay_out(plan, config);
+  return plan;
+}
+
+}  // namespace arc_topk

@@ -1,0 +1,74 @@
+// The layout of one bucket: which tensors are compressed, how many rows each keeps, and where in the
+// payloads everything lies. Follows from the configuration, the tensors' shapes and the world size
+// alone, so it is the same on every rank and nothing ever waits to learn a size.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "config.h"
+
+namespace arc_topk {
+
+class Compressor;
+
+// What the plan needs to know of a tensor.
+struct Shape {
+  int64_t numel;
+  int64_t dims;
+  int64_t rows;     // size of the slowest-varying dimension in memory: natural rows
+  uint32_t stream;  // an identity of the tensor that no bucket rebuild changes, equal on all ranks
+};
+
+// The number types of one bucket.
+struct Types {
+  DType gradient;
+  DType state;
+  DType wire;
+  DType dense;  // what a dense tensor rides in: it has no state to feed a rounding back from
+
+  DType work() const { return work_type(gradient); }
+};
+Types types_for(const Config& config, const Compressor& compressor, DType gradient);
+
+// One tensor as the compressor sees it, whatever bucket it is in.
+struct Matrix {
+  int64_t rows;  // m
+  int64_t cols;  // n
+  int64_t kept;  // K; 0: stays dense
+  int64_t wire_bytes;
+  int64_t dense_bytes;
+  int64_t state_bytes;
+  std::string why_dense;  // empty when compressed
+};
+Matrix view_as_matrix(const Config& config, const Compressor& compressor, const Shape& shape,
+                      const Types& types, int world_size);
+
+// K = ceil(ratio * m), at least 1.
+int64_t kept_rows(double ratio, int64_t rows);
+
+struct Plan {
+  Types types;
+  std::vector<Segment> segments;
+  std::vector<Piece> pieces;
+  int64_t numel = 0;
+  int64_t max_cols = 0;  // of the compressed tensors: rows of V needed
+  bool dense = true;     // no tensor is compressed
+
+  // Elements in each buffer; the compressor decides what lies in them (Compressor::lay_out).
+  int64_t num_flags = 0;
+  int64_t num_keys = 0;
+  int64_t num_picks = 0;
+  int64_t first_numel = 0;   // work type
+  int64_t second_numel = 0;  // wire type
+  int64_t flags_at = 0;      // element within the payload that carries the flags
+  bool flags_in_first = true;
+
+  int64_t wire_bytes = 0;   // handed to the collectives, a rank and step
+  int64_t dense_bytes = 0;  // what averaging without compression would hand over
+};
+Plan make_plan(const Config& config, const Compressor& compressor, DType gradient,
+               const std::vector<Shape>& shapes, int world_size);
+
+}  // namespace arc_topk

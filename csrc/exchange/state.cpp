@@ -1,0 +1,266 @@
+#include "exchange/state.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <cmath>
+#include <stdexcept>
+#include <utility>
+
+namespace arc_topk {
+namespace {
+
+const Kernels& kernels_for(c10::Device device) {
+  if (device.is_cpu()) return cpu_kernels();
+  throw std::invalid_argument("arc_topk: the gradient is on device '" + device.str() +
+                              "', but this build has kernels for 'cpu' only");
+}
+
+at::Tensor uninitialised(int64_t numel, at::ScalarType type, c10::Device device) {
+  return numel == 0 ? at::Tensor() : at::empty({numel}, at::TensorOptions().dtype(type).device(device));
+}
+
+void* data_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
+void* data_of(const std::vector<at::Tensor>& one) { return one.empty() ? nullptr : data_of(one[0]); }
+
+// A vector of one tensor, or none.
+std::vector<at::Tensor> one_of(at::Tensor tensor) {
+  std::vector<at::Tensor> one;
+  if (tensor.defined()) one.push_back(std::move(tensor));
+  return one;
+}
+
+// fp16 overflows at 65504: the sum of N values does not when each was scaled down by the next power
+// of two from N on. A power of two, since that loses nothing but the smallest subnormal numbers, and
+// what is lost stays in the error feedback. What is gathered is not summed on the wire.
+double wire_scale(DType wire, const Compressor& compressor, int world_size) {
+  const bool may_overflow = wire == DType::kF16 && !compressor.gathers();
+  return may_overflow ? std::exp2(-std::ceil(std::log2(world_size))) : 1.0;
+}
+
+void allocate_arenas(BucketState& s, FeedbackKind feedback, c10::Device device) {
+  const auto zeros = [&] {
+    return at::zeros({s.plan.numel},
+                     at::TensorOptions().dtype(scalar_type_of(s.plan.types.state)).device(device));
+  };
+  if (!s.plan.dense && own_states(feedback) > 0) s.own_a = zeros();
+  if (!s.plan.dense && own_states(feedback) > 1) s.own_b = zeros();
+  if (shares_estimate(feedback)) s.shared = zeros();
+}
+
+void allocate_payloads(BucketState& s, c10::Device device) {
+  const Plan& plan = s.plan;
+  s.first = one_of(uninitialised(plan.first_numel, scalar_type_of(plan.types.work()), device));
+  s.second = one_of(uninitialised(plan.second_numel, scalar_type_of(plan.types.wire), device));
+  s.picks = uninitialised(plan.num_picks, at::kInt, device);
+
+  s.bucket.first = data_of(s.first);
+  s.bucket.second = data_of(s.second);
+  s.bucket.picks = static_cast<int32_t*>(data_of(s.picks));
+  const DType flag_type = plan.flags_in_first ? plan.types.work() : plan.types.wire;
+  void* flags_payload = plan.flags_in_first ? s.bucket.first : s.bucket.second;
+  s.bucket.flag_type = flag_type;
+  s.bucket.flags = static_cast<char*>(flags_payload) + plan.flags_at * size_of(flag_type);
+}
+
+// Top-K's one message of bytes, with everything in it; csrc/compress/top_k.cpp draws it.
+void allocate_message(BucketState& s, int world_size, c10::Device device) {
+  const Plan& plan = s.plan;
+  const int64_t dense = plan.first_numel * size_of(plan.types.work());
+  const int64_t values = plan.second_numel * size_of(plan.types.wire);
+  const int64_t picks = plan.num_picks * static_cast<int64_t>(sizeof(int32_t));
+  const int64_t flags = plan.num_flags * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = dense + values + picks + flags;
+  const bool values_early = size_of(plan.types.wire) == 8;
+
+  s.message = one_of(uninitialised(bytes, at::kByte, device));
+  s.gathered = uninitialised(bytes * world_size, at::kByte, device);
+  s.gathered_parts.resize(1);
+  for (int rank = 0; rank < world_size; ++rank) {
+    s.gathered_parts[0].push_back(s.gathered.narrow(0, rank * bytes, bytes));
+  }
+
+  char* at = static_cast<char*>(data_of(s.message));
+  s.bucket.first = std::exchange(at, at + dense);
+  if (values_early) s.bucket.second = std::exchange(at, at + values);
+  s.bucket.picks = reinterpret_cast<int32_t*>(std::exchange(at, at + picks));
+  s.bucket.flags = std::exchange(at, at + flags);
+  if (!values_early) s.bucket.second = at;
+  s.bucket.flag_type = DType::kF32;
+}
+
+void allocate_scratch(BucketState& s, c10::Device device) {
+  const auto segments = static_cast<int64_t>(s.plan.segments.size());
+  const bool wide = s.plan.types.work() == DType::kF64;
+  s.keys = uninitialised(s.plan.num_keys, wide ? at::kLong : at::kInt, device);
+  s.marks = at::zeros({3 * segments}, at::TensorOptions().dtype(at::kByte).device(device));
+  auto* marks = static_cast<uint8_t*>(data_of(s.marks));
+  s.bucket.keys = data_of(s.keys);
+  s.bucket.used = marks;
+  s.bucket.bad = marks + segments;
+  s.bucket.outcome = reinterpret_cast<Outcome*>(marks + 2 * segments);
+}
+
+void check(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters, int64_t plan_numel) {
+  if (buffer.numel() == plan_numel && buffer.is_contiguous()) return;
+  throw std::invalid_argument("arc_topk: the bucket has " + std::to_string(buffer.numel()) +
+                              " elements, but its " + std::to_string(parameters.size()) +
+                              " parameters have " + std::to_string(plan_numel) +
+                              "; expected one contiguous buffer with one gradient after the other");
+}
+
+}  // namespace
+
+DType dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kF32;
+    case at::kDouble:
+      return DType::kF64;
+    case at::kBFloat16:
+      return DType::kBF16;
+    case at::kHalf:
+      return DType::kF16;
+    default:
+      throw std::invalid_argument(std::string("arc_topk: a gradient has dtype ") + c10::toString(type) +
+                                  "; expected Float, Double, BFloat16 or Half");
+  }
+}
+
+at::ScalarType scalar_type_of(DType type) {
+  switch (type) {
+    case DType::kF32:
+      return at::kFloat;
+    case DType::kF64:
+      return at::kDouble;
+    case DType::kBF16:
+      return at::kBFloat16;
+    case DType::kF16:
+      return at::kHalf;
+  }
+  throw std::invalid_argument("unknown DType");
+}
+
+Shape shape_of(at::IntArrayRef sizes, at::IntArrayRef strides) {
+  Shape shape{1, static_cast<int64_t>(sizes.size()), 1, 0};
+  int64_t slowest = -1;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    shape.numel *= sizes[d];
+    if (strides[d] > slowest) {
+      slowest = strides[d];
+      shape.rows = sizes[d];
+    }
+  }
+  return shape;
+}
+
+StateStore::StateStore(Config config, int world_size)
+    : config_(std::move(config)),
+      compressor_(compressor_named(config_.compressor)),
+      world_size_(world_size) {}
+StateStore::~StateStore() = default;
+
+BucketState* StateStore::known(const std::vector<at::Tensor>& parameters) const {
+  const auto place = places_.find(parameters.front().unsafeGetTensorImpl());
+  if (place == places_.end()) return nullptr;
+  BucketState* bucket = place->second.bucket;
+  if (bucket->parameters.size() != parameters.size()) return nullptr;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (!bucket->parameters[i].is_same(parameters[i])) return nullptr;
+  }
+  return bucket;
+}
+
+BucketState& StateStore::bucket_for(const std::vector<at::Tensor>& parameters,
+                                    const at::Tensor& buffer) {
+  BucketState* bucket = known(parameters);
+  if (bucket == nullptr) {
+    std::unique_ptr<BucketState> made = make(parameters, buffer);
+    bucket = made.get();
+    buckets_.emplace(bucket, std::move(made));
+    move_in(*bucket);
+  }
+  if (bucket->gradient.empty() || !bucket->gradient[0].is_same(buffer)) {
+    bucket->gradient.assign(1, buffer);
+  }
+  bucket->bucket.gradient = buffer.mutable_data_ptr();
+  return *bucket;
+}
+
+std::unique_ptr<BucketState> StateStore::make(const std::vector<at::Tensor>& parameters,
+                                              const at::Tensor& buffer) {
+  std::vector<Shape> shapes;
+  for (const at::Tensor& parameter : parameters) {
+    Shape shape = shape_of(parameter.sizes(), parameter.strides());
+    const auto place = places_.find(parameter.unsafeGetTensorImpl());
+    const size_t fresh = places_.size() + shapes.size();
+    shape.stream = place != places_.end() ? place->second.stream : static_cast<uint32_t>(fresh);
+    shapes.push_back(shape);
+  }
+
+  auto s = std::make_unique<BucketState>();
+  const c10::Device device = buffer.device();
+  s->kernels = &kernels_for(device);
+  s->parameters = parameters;
+  s->plan = make_plan(config_, compressor_, dtype_of(buffer.scalar_type()), shapes, world_size_);
+  s->compressor = s->plan.dense ? &dense() : &compressor_;
+  check(buffer, parameters, s->plan.numel);
+
+  allocate_arenas(*s, config_.feedback, device);
+  if (s->compressor->gathers()) {
+    allocate_message(*s, world_size_, device);
+  } else {
+    allocate_payloads(*s, device);
+  }
+  allocate_scratch(*s, device);
+
+  Bucket& b = s->bucket;
+  b.segments = s->plan.segments.data();
+  b.num_segments = static_cast<int64_t>(s->plan.segments.size());
+  b.pieces = s->plan.pieces.data();
+  b.num_pieces = static_cast<int64_t>(s->plan.pieces.size());
+  b.numel = s->plan.numel;
+  b.gradient_type = s->plan.types.gradient;
+  b.state_type = s->plan.types.state;
+  b.wire_type = s->plan.types.wire;
+  b.feedback = config_.feedback;
+  b.eta = config_.eta;
+  b.sketch_dim = config_.sketch_dim;
+  b.own_a = data_of(s->own_a);
+  b.own_b = data_of(s->own_b);
+  b.shared = data_of(s->shared);
+  b.world_size = world_size_;
+  b.wire_scale = wire_scale(b.wire_type, *s->compressor, world_size_);
+  return s;
+}
+
+void StateStore::move_in(BucketState& bucket) {
+  const auto carry = [](at::Tensor& to, int64_t to_offset, const at::Tensor& from, int64_t from_offset,
+                        int64_t numel) {
+    if (to.defined() && from.defined()) {
+      to.narrow(0, to_offset, numel).copy_(from.narrow(0, from_offset, numel));
+    }
+  };
+  for (size_t i = 0; i < bucket.parameters.size(); ++i) {
+    const Segment& here = bucket.plan.segments[i];
+    const auto [place, is_new] = places_.try_emplace(bucket.parameters[i].unsafeGetTensorImpl());
+    if (!is_new) {
+      BucketState& old = *place->second.bucket;
+      const int64_t there = old.plan.segments[place->second.index].offset;
+      carry(bucket.own_a, here.offset, old.own_a, there, here.numel);
+      carry(bucket.own_b, here.offset, old.own_b, there, here.numel);
+      carry(bucket.shared, here.offset, old.shared, there, here.numel);
+      if (i == 0) {
+        bucket.exchanges = old.exchanges;
+        bucket.compressed = old.compressed;
+        bucket.started = old.started;
+      }
+      if (--old.parameters_here == 0) buckets_.erase(&old);
+    }
+    place->second = {&bucket, static_cast<int64_t>(i), here.stream};
+    ++bucket.parameters_here;
+  }
+  max_cols_ = std::max(max_cols_, bucket.plan.max_cols);
+}
+
+}  // namespace arc_topk

@@ -1,0 +1,70 @@
+"""Bad input: an error that names the field, the value and what is expected."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import arc_topk
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"compressor": "topk"}, ValueError, ["compressor", "'topk'", "'top_k'"]),
+        ({"feedback": "ef"}, ValueError, ["feedback", "'ef'", "'ef21m'"]),
+        ({"ratio": 0}, ValueError, ["ratio", "0", "(0, 1]"]),
+        ({"ratio": 1.5}, ValueError, ["ratio", "1.5", "(0, 1]"]),
+        ({"ratio": float("nan")}, ValueError, ["ratio", "nan", "(0, 1]"]),
+        ({"ratio": "0.1"}, TypeError, ["ratio", "'0.1'", "str", "(0, 1]"]),
+        ({"ratio": True}, TypeError, ["ratio", "True", "bool"]),
+        ({"sketch_dim": 0}, ValueError, ["sketch_dim", "0", "from 1 to 64"]),
+        ({"sketch_dim": 65}, ValueError, ["sketch_dim", "65", "from 1 to 64"]),
+        ({"sketch_dim": 4.0}, TypeError, ["sketch_dim", "4.0", "float", "integer"]),
+        ({"row_width": 0}, ValueError, ["row_width", "0", "from 1"]),
+        ({"eta": 0.1}, ValueError, ["eta", "0.1", "ef14", "ef21m"]),
+        ({"eta": 2, "feedback": "ef21m"}, ValueError, ["eta", "2", "(0, 1]"]),
+        ({"start_step": -1}, ValueError, ["start_step", "-1", "from 0"]),
+        ({"wire_dtype": torch.int8}, ValueError, ["wire_dtype", "int8", "bfloat16"]),
+        ({"state_dtype": torch.float16}, ValueError, ["state_dtype", "float16", "bfloat16"]),
+        ({"seed": -1}, ValueError, ["seed", "-1", "from 0"]),
+        ({"seed": 2**64}, ValueError, ["seed", str(2**64)]),
+    ],
+)
+def test_wrong_value(fields: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as raised:
+        arc_topk.Config(**fields)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_extreme_values_reach_the_engine() -> None:
+    config = arc_topk.Config(
+        ratio=1, sketch_dim=64, row_width=2**31 - 1, seed=2**64 - 1, feedback="ef21m", eta=1
+    )
+    assert config.native() is not None
+
+
+def test_state_takes_a_config_or_its_fields() -> None:
+    assert arc_topk.State(ratio=0.3).config == arc_topk.Config(ratio=0.3)
+    assert arc_topk.State(arc_topk.Config(ratio=0.3)).config.ratio == 0.3
+    with pytest.raises(TypeError, match=r"not both.*ratio"):
+        arc_topk.State(arc_topk.Config(), ratio=0.3)
+    with pytest.raises(TypeError, match=r"0\.1.*float.*arc_topk\.Config"):
+        arc_topk.State(0.1)  # type: ignore[arg-type]
+
+
+def test_an_unused_state_is_pickled_as_its_config() -> None:
+    state = arc_topk.State(ratio=0.3, seed=7)
+    assert pickle.loads(pickle.dumps(state)).config == state.config
+
+
+def test_nothing_is_known_before_binding() -> None:
+    state = arc_topk.State()
+    with pytest.raises(RuntimeError, match="bind"):
+        state.plan()
+    with pytest.raises(RuntimeError, match="bind"):
+        state.metrics()

@@ -1,0 +1,131 @@
+"""Faults: a clear error on every rank, and no rank that hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from model import Gradients, backward, random_gradients, wrap
+from ranks import Pools, Ranks, temporary
+from test_engine import LAYOUTS
+
+import arc_topk
+
+
+def message_of(body: Any) -> str:
+    try:
+        body()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+# --- ranks that differ ------------------------------------------------------------------------------
+
+
+def register_with(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> str:
+    model = wrap(LAYOUTS, torch.float32)
+    return message_of(lambda: arc_topk.register(model, **by_rank[rank]))
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("compressor", ("arc_topk", "rand_k", "arc_topk")),
+        ("feedback", ("ef14", "ef14", "none")),
+        ("ratio", (0.1, 0.2, 0.1)),
+        ("sketch_dim", (4, 8, 4)),
+        ("row_width", (None, 8, None)),
+        ("start_step", (0, 0, 1)),
+        ("wire_dtype", (None, torch.bfloat16, None)),
+        ("state_dtype", (torch.bfloat16, None, None)),
+        ("seed", (1, 2, 3)),
+    ],
+)
+def test_configurations_that_differ(pools: Pools, field: str, values: tuple[Any, ...]) -> None:
+    texts = pools.of(3).run(register_with, [{field: value} for value in values])
+    for text in texts:
+        assert text.startswith("ValueError") and f"Config.{field}" in text
+        for rank, value in enumerate(values):
+            assert f"rank {rank}: {value}" in text
+
+
+def test_a_wrong_value_on_one_rank_is_an_error_on_all(pools: Pools) -> None:
+    texts = pools.of(3).run(register_with, [{}, {"ratio": 7}, {}])
+    assert texts[1] == "ValueError: ratio is 7; expected a number in (0, 1]"
+    for text in (texts[0], texts[2]):
+        assert "rank 1" in text and "ratio is 7" in text
+
+
+def bind_differing(rank: int, world_size: int) -> str:
+    """The standard form without bind(): compared at the first bucket."""
+    model = wrap(LAYOUTS, torch.float32)
+    state = arc_topk.State(seed=rank)
+    model.register_comm_hook(state, arc_topk.arc_topk_hook)
+    gradients = random_gradients(LAYOUTS, world_size, 1, torch.float32)
+    return message_of(lambda: backward(model, gradients[0][rank]))
+
+
+def test_an_unbound_state_compares_at_its_first_bucket(pools: Pools) -> None:
+    with temporary(2, timedelta(seconds=20)) as pool:
+        for text in pool.run(bind_differing):
+            assert "Config.seed" in text and "rank 0: 0, rank 1: 1" in text
+
+
+def exchange_with(rank: int, world_size: int, shapes: list[tuple[int, ...]]) -> str:
+    tensors = [torch.zeros(3, 3), torch.zeros(shapes[rank])]
+    return message_of(lambda: arc_topk.GradientExchange(tensors))
+
+
+def test_tensors_that_differ(ranks: Ranks) -> None:
+    for text in ranks.run(exchange_with, [(4, 2), (4, 3)]):
+        assert "shape of tensor 1" in text and "(4, 2)" in text and "(4, 3)" in text
+
+
+def exchange_wrong_tensors(rank: int, world_size: int) -> list[str]:
+    exchange = arc_topk.GradientExchange([torch.zeros(3, 3), torch.zeros(4)])
+    wrong: list[list[torch.Tensor]] = [
+        [torch.zeros(3, 3)],
+        [torch.zeros(3, 3), torch.zeros(5)],
+        [torch.zeros(3, 3, dtype=torch.float64), torch.zeros(4)],
+    ]
+    return [message_of(lambda t=t: exchange.all_reduce_(t)) for t in wrong]
+
+
+def test_tensors_other_than_at_the_start(ranks: Ranks) -> None:
+    for count, shape, dtype in ranks.run(exchange_wrong_tensors):
+        assert "1 tensors; expected 2" in count
+        assert "tensors[1]" in shape and "(5,)" in shape and "(4,)" in shape
+        assert "tensors[0]" in dtype and "float64" in dtype and "float32" in dtype
+
+
+# --- ranks that go ------------------------------------------------------------------------------------
+
+
+def lose_a_rank(rank: int, world_size: int, gradients: Gradients, how: str) -> list[str]:
+    model = wrap(LAYOUTS, torch.float32, bucket_cap_mb=0.004)
+    arc_topk.register(model, ratio=0.2)
+    for step in gradients[:2]:
+        backward(model, step[rank])
+    if rank == 1 and how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and how == "absent":
+        return []
+    return [message_of(lambda: backward(model, gradients[2][rank]))]
+
+
+@pytest.mark.parametrize("how", ["killed", "absent"])
+def test_a_lost_rank_is_an_error_that_names_its_place(how: str) -> None:
+    gradients = random_gradients(LAYOUTS, 2, 3, torch.float32)
+    with temporary(2, timedelta(seconds=3)) as pool:
+        for pipe in pool._pipes:
+            pipe.send((lose_a_rank, (gradients, how), {}))
+        assert pool._pipes[0].poll(30), "rank 0 hangs"
+        ok, texts = pool._pipes[0].recv()
+    assert ok, texts
+    for words in ("rank 0", "bucket 0", "first parameter 'tensors.", "phase first_collective"):
+        assert words in texts[0], texts[0]

@@ -1,0 +1,379 @@
+"""The hook under DDP: its forms, its collectives, and what DDP does around it."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from model import Gradients, backward, random_gradients, wrap
+from ranks import Ranks
+from test_engine import COMPRESSORS, LAYOUTS, assert_same_bits, check_against_oracle, run_native
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import arc_topk
+from arc_topk import _C
+
+STEPS = 4
+MANY_BUCKETS = {"bucket_cap_mb": 0.004}
+
+
+def same_gradients(steps: int = STEPS, dtype: torch.dtype = torch.float32) -> Gradients:
+    return random_gradients(LAYOUTS, 2, steps, dtype)
+
+
+# --- forms ----------------------------------------------------------------------------------------
+
+
+def run_standard(
+    rank: int, world_size: int, gradients: Gradients, config: dict[str, Any], bind: bool
+) -> list[list[Tensor | None]]:
+    model = wrap(LAYOUTS, torch.float32, **MANY_BUCKETS)
+    state = arc_topk.State(**config)
+    model.register_comm_hook(state, arc_topk.arc_topk_hook)
+    if bind:
+        state.bind(model)
+    return [backward(model, step[rank]) for step in gradients]
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_standard_form_gives_the_same_bits(ranks: Ranks, compressor: str) -> None:
+    gradients = same_gradients()
+    for feedback, bind in (("ef14", True), ("ef21m", False)):
+        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+        native = ranks.run(
+            run_native, LAYOUTS, gradients, torch.float32, config, MANY_BUCKETS
+        )
+        standard = ranks.run(run_standard, gradients, config, bind)
+        for step in range(STEPS):
+            assert_same_bits(native[0].outputs[step], standard[0][step])
+
+
+def run_exchange(
+    rank: int, world_size: int, gradients: Gradients, config: dict[str, Any]
+) -> tuple[list[list[Tensor]], dict[str, Any], int]:
+    first = [torch.empty_like(t, device="cpu") for t in LAYOUTS]
+    exchange = arc_topk.GradientExchange(first, **config)
+    outputs = []
+    for step in gradients:
+        tensors = [g.clone() for g in step[rank] if g is not None]
+        exchange.all_reduce_(tensors)
+        outputs.append(tensors)
+    return outputs, exchange.metrics(), exchange.plan().wire_bytes
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_gradient_exchange_gives_the_same_bits(ranks: Ranks, compressor: str) -> None:
+    gradients = same_gradients()
+    config = {"compressor": compressor, "ratio": 0.2}
+    native = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, {})
+    for outputs, metrics, wire_bytes in ranks.run(run_exchange, gradients, config):
+        assert metrics["wire_bytes"] == STEPS * wire_bytes
+        if compressor == "rand_k":  # whose draw depends on the order in which tensors first came
+            continue
+        for step in range(STEPS):
+            assert_same_bits(native[0].outputs[step], outputs[step])
+
+
+def test_gradient_exchange_agrees_with_the_oracle(ranks: Ranks) -> None:
+    from arc_topk.reference import Oracle
+
+    for compressor in COMPRESSORS:
+        gradients = same_gradients()
+        config = {"compressor": compressor, "ratio": 0.2}
+        outputs, _, _ = ranks.run(run_exchange, gradients, config)[0]
+        oracle = Oracle(LAYOUTS, torch.float32, 2, **config)
+        for step, got in zip(gradients, outputs, strict=True):
+            for out, result in zip(got, oracle.step(step), strict=True):
+                torch.testing.assert_close(out, result.output, rtol=1e-4, atol=1e-4)
+
+
+# --- what DDP does ----------------------------------------------------------------------------------
+
+
+def run_plain(rank: int, world_size: int, gradients: Gradients) -> list[list[Tensor | None]]:
+    model = wrap(LAYOUTS, torch.float32, **MANY_BUCKETS)
+    return [backward(model, step[rank]) for step in gradients]
+
+
+def test_dense_and_the_steps_before_start_are_plain_ddp_to_the_bit(ranks: Ranks) -> None:
+    gradients = same_gradients()
+    plain = ranks.run(run_plain, gradients)
+    for config in ({"compressor": "dense"}, {"start_step": STEPS}):
+        runs = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, MANY_BUCKETS)
+        for step in range(STEPS):
+            assert_same_bits(plain[0][step], runs[0].outputs[step])
+
+
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k"])
+def test_ratio_one_is_the_mean(ranks: Ranks, compressor: str) -> None:
+    gradients = same_gradients()
+    for feedback in ("none", "ef14"):
+        config = {"compressor": compressor, "feedback": feedback, "ratio": 1.0, "row_width": 64}
+        for run in ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, {}):
+            for step, outputs in zip(gradients, run.outputs, strict=True):
+                for t, out in enumerate(outputs):
+                    a, b = step[0][t], step[1][t]
+                    assert out is not None and a is not None and b is not None
+                    torch.testing.assert_close(out, (a + b) / 2, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"gradient_as_bucket_view": True}, {"static_graph": True}])
+def test_ddp_options_change_nothing(ranks: Ranks, options: dict[str, Any]) -> None:
+    gradients = same_gradients()
+    for feedback in ("ef14", "ef21m"):
+        config = {"feedback": feedback, "ratio": 0.2}
+        runs = ranks.run(
+            run_native, LAYOUTS, gradients, torch.float32, config, {**MANY_BUCKETS, **options}
+        )
+        check_against_oracle(runs, LAYOUTS, gradients, torch.float32, config)
+
+
+def run_accumulating(rank: int, world_size: int, gradients: Gradients) -> list[Tensor | None]:
+    """Two backwards into one gradient, the first without synchronisation."""
+    model = wrap(LAYOUTS, torch.float32)
+    arc_topk.register(model, ratio=1.0, feedback="none")
+    with model.no_sync():
+        model(gradients[0][rank]).backward()
+    model(gradients[1][rank]).backward()
+    return [p.grad for p in model.module.tensors]
+
+
+def test_no_sync_accumulates(ranks: Ranks) -> None:
+    gradients = same_gradients(2)
+    out = ranks.run(run_accumulating, gradients)[0]
+    for t, total in enumerate(out):
+        parts = [g for step in gradients for own in step if (g := own[t]) is not None]
+        torch.testing.assert_close(total, sum(parts) / 2, rtol=1e-5, atol=1e-5)
+
+
+def run_two_models(rank: int, world_size: int, gradients: Gradients) -> list[Any]:
+    """Two DDP instances in turn, each with an engine of its own."""
+    models = [wrap(LAYOUTS, torch.float32) for _ in range(2)]
+    for model in models:
+        arc_topk.register(model, ratio=0.2)
+    return [[backward(model, step[rank]) for model in models] for step in gradients]
+
+
+def test_two_models_do_not_meet(ranks: Ranks) -> None:
+    gradients = same_gradients()
+    alone = ranks.run(run_native, LAYOUTS, gradients, torch.float32, {"ratio": 0.2}, {})
+    for step, both in enumerate(ranks.run(run_two_models, gradients)[0]):
+        for outputs in both:
+            assert_same_bits(outputs, alone[0].outputs[step])
+
+
+# --- flags ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feedback", ["none", "ef14", "ef21", "ef21m"])
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
+def test_unused_parameters_change_no_state(ranks: Ranks, compressor: str, feedback: str) -> None:
+    gradients = same_gradients(6)
+    for t, step, unused_on in ((0, 2, (0, 1)), (0, 3, (0, 1)), (6, 3, (1,)), (3, 2, (0, 1)), (5, 4, (0,))):
+        for rank in unused_on:
+            gradients[step][rank][t] = None
+    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+    find = {"find_unused_parameters": True, **MANY_BUCKETS}
+    runs = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, find)
+    assert runs[0].outputs[2][0] is None and runs[0].outputs[2][3] is None
+    assert runs[0].outputs[3][6] is not None
+    check_against_oracle(runs, LAYOUTS, gradients, torch.float32, config)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("feedback", ["none", "ef14", "ef21", "ef21m"])
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
+def test_non_finite_values_reach_every_rank_and_no_state(
+    ranks: Ranks, compressor: str, feedback: str, bad: float
+) -> None:
+    gradients = same_gradients(6)
+    struck = {(2, 0), (3, 6), (3, 1)}  # (step, tensor); tensor 1 is a dense vector
+    for step, t in struck:
+        tensor = gradients[step][1][t]
+        assert tensor is not None
+        tensor.view(-1)[-1] = bad
+    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+    runs = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, {})
+    for run in runs:
+        for step, outputs in enumerate(run.outputs):
+            for t, out in enumerate(outputs):
+                assert out is not None
+                if (step, t) not in struck:
+                    assert out.isfinite().all(), (step, t)
+                elif t == 1:
+                    assert not out.view(-1)[-1].isfinite()
+                else:
+                    assert out.isnan().all()
+    # What follows is as if the struck tensors had not been exchanged in that step.
+    finite = [[[None if (s, t) in struck else g for t, g in enumerate(own)] for own in step]
+              for s, step in enumerate(gradients)]  # fmt: skip
+    for run in runs:
+        for step, t in struck:
+            run.outputs[step][t] = None
+    check_against_oracle(runs, LAYOUTS, finite, torch.float32, config)
+
+
+def test_a_non_finite_dense_first_step_starts_nothing(ranks: Ranks) -> None:
+    gradients = same_gradients(5)
+    tensor = gradients[0][1][0]
+    assert tensor is not None
+    tensor[3, 3] = float("nan")
+    for feedback in ("ef21", "ef21m"):
+        config = {"feedback": feedback, "ratio": 0.2}
+        runs = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, {})
+        first = runs[0].outputs[0]
+        assert first[0] is not None and first[0][3, 3].isnan()
+        assert runs[0].metrics["compressed_steps"] == 3
+        for run in runs:
+            run.outputs[0][0] = None
+        check_against_oracle(runs, LAYOUTS, gradients, torch.float32, config)
+
+
+# --- collectives --------------------------------------------------------------------------------------
+
+
+class CountingGroup(dist.ProcessGroup):
+    """Hands everything on, and remembers what."""
+
+    def __init__(self, inner: dist.ProcessGroup) -> None:
+        super().__init__(inner.rank(), inner.size())
+        self.inner = inner
+        self.calls: list[tuple[str, int]] = []
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        self.calls.append(("all_reduce", sum(t.nbytes for t in tensors)))
+        return self.inner.allreduce(tensors, opts or dist.AllreduceOptions())
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
+        self.calls.append(("all_gather", sum(t.nbytes for t in inputs)))
+        return self.inner.allgather(outputs, inputs, opts or dist.AllgatherOptions())
+
+    def getBackendName(self) -> str:
+        return "counting"
+
+
+def run_counted(
+    rank: int, world_size: int, layouts: Sequence[Tensor], config: dict[str, Any]
+) -> tuple[list[tuple[str, int]], int]:
+    group = CountingGroup(dist.group.WORLD)
+    native = arc_topk.Config(**config).native()
+    engine = _C.Exchange(native, group, group)
+    keys = [torch.empty_like(t, device="cpu") for t in layouts]
+    buffer = torch.randn(sum(t.numel() for t in layouts))
+    for _ in range(2):  # the second is compressed whatever the feedback
+        group.calls.clear()
+        engine.run(buffer, keys)
+    named = [(str(i), key) for i, key in enumerate(keys)]
+    plan = arc_topk.plan.make_plan(arc_topk.Config(**config), named, world_size)
+    return group.calls, plan.wire_bytes
+
+
+@pytest.mark.parametrize("tensors", [1, 30, 300])
+@pytest.mark.parametrize("feedback", ["none", "ef14", "ef21", "ef21m"])
+def test_collectives_a_bucket(ranks: Ranks, tensors: int, feedback: str) -> None:
+    mixed = [torch.empty(24 + i % 5, 16 + i % 7) if i % 3 < 2 else torch.empty(16) for i in range(tensors)]
+    vectors = [torch.empty(16) for _ in range(tensors)]
+    expected = {"arc_topk": ["all_reduce"] * 2, "rand_k": ["all_reduce"], "top_k": ["all_gather"],
+                "dense": ["all_reduce"]}  # fmt: skip
+    for compressor, collectives in expected.items():
+        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+        for calls, wire_bytes in ranks.run(run_counted, mixed, config):
+            assert [name for name, _ in calls] == collectives
+            assert sum(n for _, n in calls) == wire_bytes
+        for calls, wire_bytes in ranks.run(run_counted, vectors, config):
+            assert calls == [("all_reduce", wire_bytes)]
+
+
+# --- the GIL --------------------------------------------------------------------------------------------
+
+
+def run_while_the_gil_is_held(rank: int, world_size: int, gradients: Gradients) -> tuple[int, int]:
+    model = wrap(LAYOUTS, torch.float32, **MANY_BUCKETS)
+    state = arc_topk.register(model, ratio=0.2)
+    for step in gradients[:2]:
+        backward(model, step[rank])
+    state.reset_metrics()
+    buckets = len(list(model.reducer._get_zeros_like_grad_buckets()))
+    loss = model(gradients[2][rank])
+    sleep_with_gil = ctypes.PyDLL(None).usleep  # PyDLL does not let the GIL go
+    exchanged = []
+
+    def hold() -> None:
+        go.wait()
+        sleep_with_gil(700_000)
+        exchanged.append(state.metrics()["exchanges"])  # no switch yet: see the interval below
+
+    go = threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        # The holder gets the GIL when backward() lets it go, and keeps it while backward works.
+        go.set()
+        loss.backward()
+        holder.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return exchanged[0], buckets
+
+
+def test_native_path_needs_no_gil(ranks: Ranks) -> None:
+    for exchanged, buckets in ranks.run(run_while_the_gil_is_held, same_gradients(3)):
+        assert buckets > 1
+        assert exchanged == buckets
+
+
+# --- registration ----------------------------------------------------------------------------------------
+
+
+def run_registration(rank: int, world_size: int) -> None:
+    model = wrap(LAYOUTS, torch.float32)
+    state = arc_topk.register(model, ratio=0.2)
+    assert "tensors.0" in str(state.plan())
+    with pytest.raises(ValueError, match=r"hook already \(arc_topk_hook\)"):
+        arc_topk.register(model)
+    with pytest.raises(TypeError, match="Linear.*DistributedDataParallel"):
+        arc_topk.register(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+    sparse = DDP(torch.nn.Sequential(torch.nn.Embedding(5, 3, sparse=True)))
+    with pytest.raises(ValueError, match=r"module '0'.*sparse=False"):
+        arc_topk.register(sparse)
+    complex_ = DDP(torch.nn.Linear(2, 2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"parameter 'weight'.*complex64.*view_as_real"):
+        arc_topk.register(complex_)
+    mixed = wrap(LAYOUTS, torch.float32)
+    mixed.mixed_precision = object()  # what DDP(mixed_precision=...) leaves; it itself wants a GPU
+    with pytest.raises(ValueError, match="mixed_precision"):
+        arc_topk.register(mixed)
+    python = wrap(LAYOUTS, torch.float32)
+    python._use_python_reducer = True
+    with pytest.raises(ValueError, match="Python reducer"):
+        arc_topk.register(python)
+
+
+def test_what_cannot_be_served_is_refused(ranks: Ranks) -> None:
+    ranks.run(run_registration)
+
+
+def run_sparse_bucket(rank: int, world_size: int) -> str:
+    model = DDP(torch.nn.Sequential(torch.nn.Embedding(5, 3, sparse=True)))
+    model.register_comm_hook(arc_topk.State(), arc_topk.arc_topk_hook)
+    try:
+        model(torch.tensor([1, 2])).sum().backward()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def test_a_sparse_bucket_is_an_error(ranks: Ranks) -> None:
+    for text in ranks.run(run_sparse_bucket):
+        assert "sparse" in text
+
