@@ -5,8 +5,6 @@ Nothing here knows of distributed training: it is the model that ``train_ddp.py`
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -61,24 +59,13 @@ class ByteTransformer(nn.Module):
         if width % heads:
             raise ValueError(
                 f"width must be a multiple of heads, got width={width} and heads={heads}: "
-                "choose --width as heads times an even number"
+                "choose --width as a multiple of --heads"
             )
         self.embedding = nn.Embedding(BYTES, width)
         self.position = nn.Parameter(torch.zeros(context, width))
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, BYTES, bias=False)
-        self.apply(self._initialise)
-        for block in self.blocks:  # keeps the residual stream's variance independent of depth
-            for last in (block.out, block.down):
-                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * layers))
-
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
     def forward(self, text: Tensor) -> Tensor:
         """Mean cross-entropy of every byte given the bytes before it.
