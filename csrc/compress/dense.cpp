@@ -16,7 +16,7 @@ class Dense final : public Compressor {
   }
 
   void lay_out(Plan& plan, const Config&) const override {
-    if (in_place(plan)) return;
+    if (plan.in_place) return;
     const bool first = plan.types.dense == plan.types.work();
     for (Segment& s : plan.segments) {
       s.dense_in_first = first;
@@ -27,12 +27,12 @@ class Dense final : public Compressor {
 
   void prepare(Step& step) const override {
     step.enter(Phase::kPrepare);
-    if (!in_place(step.plan())) step.kernels().prepare(step.bucket(), nullptr);
+    if (!step.plan().in_place) step.kernels().prepare(step.bucket(), nullptr);
   }
 
   void exchange(Step& step) const override {
     const Plan& plan = step.plan();
-    if (in_place(plan)) {
+    if (plan.in_place) {
       step.average_gradient(Phase::kFirstCollective);
     } else if (plan.first_numel > 0) {
       step.all_reduce_first(Phase::kFirstCollective);
@@ -40,15 +40,13 @@ class Dense final : public Compressor {
       step.all_reduce_second(Phase::kFirstCollective);
     }
     step.enter(Phase::kApply);
-    if (!in_place(plan)) {
+    if (!plan.in_place) {
       step.kernels().apply(step.bucket());
     } else if (step.bucket().feedback == FeedbackKind::kEF21M) {
       step.kernels().blend(step.bucket());
     }
   }
 
- private:
-  static bool in_place(const Plan& plan) { return plan.types.dense == plan.types.gradient; }
 };
 
 }  // namespace

@@ -13,8 +13,7 @@ Mode Flight::choose_mode() const {
   const Config& config = exchange_.config_;
   if (number_ < static_cast<uint64_t>(config.start_step)) return Mode::kAverage;
   if (state_.bucket.shared != nullptr && !state_.started) return Mode::kStart;
-  const bool in_place = state_.first.empty() && state_.second.empty() && state_.message.empty();
-  return in_place && config.feedback != FeedbackKind::kEF21M ? Mode::kAverage : Mode::kCompress;
+  return plan().in_place && state_.bucket.shared == nullptr ? Mode::kAverage : Mode::kCompress;
 }
 
 void Flight::prepare(int64_t index) {
@@ -26,7 +25,7 @@ void Flight::prepare(int64_t index) {
   energy = {0, 0};
   since_ = std::chrono::steady_clock::now();
   phase_ = Phase::kPrepare;
-  if (mode_ == Mode::kStart) kernels().remember(bucket());
+  if (mode_ == Mode::kStart && bucket().own_a != nullptr) kernels().remember(bucket());
   if (mode_ == Mode::kCompress) {
     std::fill_n(bucket().outcome, bucket().num_segments, Outcome::kNormal);
     state_.compressor->prepare(*this);

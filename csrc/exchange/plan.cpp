@@ -115,6 +115,7 @@ Plan make_plan(const Config& config, const Compressor& compressor, DType gradien
     plan.dense_bytes += shape.numel * size_of(gradient);
     plan.segments.push_back(s);
   }
+  plan.in_place = plan.dense && plan.types.dense == plan.types.gradient;
   cut_into_pieces(plan);
   (plan.dense ? dense() : compressor).lay_out(plan, config);
   return plan;

@@ -55,6 +55,7 @@ struct Plan {
   int64_t numel = 0;
   int64_t max_cols = 0;  // of the compressed tensors: rows of V needed
   bool dense = true;     // no tensor is compressed
+  bool in_place = true;  // and all ride in the gradient's type: the bucket itself is the payload
 
   // Elements in each buffer; the compressor decides what lies in them (Compressor::lay_out).
   int64_t num_flags = 0;

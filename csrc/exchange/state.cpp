@@ -45,7 +45,9 @@ void allocate_arenas(BucketState& s, FeedbackKind feedback, c10::Device device) 
   };
   if (!s.plan.dense && own_states(feedback) > 0) s.own_a = zeros();
   if (!s.plan.dense && own_states(feedback) > 1) s.own_b = zeros();
-  if (shares_estimate(feedback)) s.shared = zeros();
+  // A dense tensor's estimate is the mean itself, or under EF21M the momentum of it.
+  const bool is_mean = s.plan.in_place && feedback != FeedbackKind::kEF21M;
+  if (shares_estimate(feedback) && !is_mean) s.shared = zeros();
 }
 
 void allocate_payloads(BucketState& s, c10::Device device) {
@@ -241,8 +243,10 @@ void StateStore::move_in(BucketState& bucket) {
       to.narrow(0, to_offset, numel).copy_(from.narrow(0, from_offset, numel));
     }
   };
+  bucket.started = true;
   for (size_t i = 0; i < bucket.parameters.size(); ++i) {
     const Segment& here = bucket.plan.segments[i];
+    bool started = false;
     const auto [place, is_new] = places_.try_emplace(bucket.parameters[i].unsafeGetTensorImpl());
     if (!is_new) {
       BucketState& old = *place->second.bucket;
@@ -253,10 +257,13 @@ void StateStore::move_in(BucketState& bucket) {
       if (i == 0) {
         bucket.exchanges = old.exchanges;
         bucket.compressed = old.compressed;
-        bucket.started = old.started;
       }
+      started = old.started;
       if (--old.parameters_here == 0) buckets_.erase(&old);
     }
+    // A dense step starts all of them again where one of them has not started: nothing is lost by it.
+    const bool has_estimate = here.compressed() || config_.feedback == FeedbackKind::kEF21M;
+    if (has_estimate) bucket.started = bucket.started && started;
     place->second = {&bucket, static_cast<int64_t>(i), here.stream};
     ++bucket.parameters_here;
   }

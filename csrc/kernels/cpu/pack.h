@@ -115,7 +115,8 @@ inline double largest(DType type) {
   return std::numeric_limits<double>::max();
 }
 
-// What arrives of x by the wire: c = round(x * scale) / scale. Puts the wire's values at `wire`
+// What arrives of x by the wire: c = round(x * scale) / scale. Cut off before it is scaled: the sum of
+// N values then stays within the type as well. Puts the wire's values at `wire`
 // unless that is null.
 template <class T>
 inline const T* round_to_wire(const Bucket& b, const T* x, int64_t n, void* wire, int64_t at,
@@ -127,7 +128,7 @@ inline const T* round_to_wire(const Bucket& b, const T* x, int64_t n, void* wire
   const T scale = static_cast<T>(b.wire_scale);
   const T back = static_cast<T>(1 / b.wire_scale);
   const T limit = static_cast<T>(largest(b.wire_type));
-  for (int64_t i = 0; i < n; ++i) buffer[i] = std::clamp(x[i] * scale, -limit, limit);
+  for (int64_t i = 0; i < n; ++i) buffer[i] = std::clamp(x[i], -limit, limit) * scale;
   with_type(b.wire_type, [&]<class W>(W) {
     W rounded[kChunk];
     W* to = wire != nullptr ? static_cast<W*>(wire) + at : rounded;
