@@ -49,20 +49,23 @@ def _spawned(
 def _work_and_leave(
     work: Callable[[argparse.Namespace], None], options: argparse.Namespace
 ) -> None:
+    failed = False
     try:
         work(options)
     except RunFailedError as error:  # raised on every rank: one of them reports it
+        failed = True
         if dist.get_rank() == 0:
             print(f"FAILED: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
     # A DDP that outlives its process group can abort the interpreter at exit (torch 2.15).
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+    if failed:
+        sys.exit(1)
 
 
 class RunFailedError(RuntimeError):
-    """A run broke a promise that is checked at its end; raised on every rank alike."""
+    """A run cannot go on, or broke a promise checked at its end; raised on every rank alike."""
 
 
 def check_same_parameters(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from launch import check_same_parameters, launch
+from launch import RunFailedError, check_same_parameters, launch
 from log import Log, Record
 from text import Windows, load
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ several ranks, with gradients compressed by arc_topk."""
 EPILOG = """\
 examples:
   python examples/train_ddp.py                          four ranks here, ARC-Top-K with EF14 at 10 %
-  python examples/train_ddp.py --compressor dense --betas 0.5 0.99 --lr 5e-3
+  python examples/train_ddp.py --compressor dense --betas 0.5 0.99
                                                         what it is to be compared with
   python examples/train_ddp.py --feedback ef21m --eta 0.3 --lr 3e-3
                                                         the paper's error feedback
@@ -79,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
 
     group = p.add_argument_group("compression: the fields of arc_topk.Config")
     add = group.add_argument
-    add("--compressor", default="arc_topk", choices=("dense", "arc_topk", "rand_k", "top_k"))
+    add("--compressor", default="arc_topk", choices=("dense", "arc_topk", "rand_k", "top_k"),
+        help="how gradients are averaged (default %(default)s); dense: as plain DDP")  # fmt: skip
     add("--feedback", default="ef14", choices=("none", "ef14", "ef21", "ef21m"),
         help="what becomes of what was not sent; ef21m is the paper's")  # fmt: skip
     add("--ratio", type=float, default=0.1, help="kept share of a matrix's rows, 0 to 1")
@@ -165,7 +166,7 @@ def train(options: argparse.Namespace, title: str = "train") -> Outcome:
     if options.resume:
         training.load(options.resume)
         if training.step >= options.steps:
-            raise SystemExit(
+            raise RunFailedError(
                 f"--steps must exceed the {training.step} steps of {options.resume}, "
                 f"got {options.steps}: pass the total, those before the checkpoint included"
             )
