@@ -76,7 +76,9 @@ distclean: clean ## remove .venv too
 
 # --- set-up: a stamp for each step, so that a second call does nothing -----------------------------------
 
+# Built before pip does it, which would show nothing for the minutes it takes; pip then finds it done.
 $(STAMPS)/package: pyproject.toml setup.py $(DEPENDENCIES)
+	$(PY) setup.py --quiet build_ext --inplace
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	@mkdir -p $(@D) && touch $@
 
