@@ -1,9 +1,10 @@
-"""The compiled engine (csrc/). Use it through `arc_topk.register`, `State` and `GradientExchange`."""
+"""The compiled engine (csrc/). Used through `arc_topk.register`, `State`, `GradientExchange`."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import GradBucket, Reducer
 
 class Config:
     """`arc_topk.Config` with every default filled in. Raises ValueError for an unknown name."""
@@ -35,7 +36,7 @@ class Exchange:
     def __init__(
         self, config: Config, group: dist.ProcessGroup, lane_group: dist.ProcessGroup
     ) -> None: ...
-    def start(self, bucket: dist.GradBucket) -> torch.futures.Future[Any]:
+    def start(self, bucket: GradBucket) -> torch.futures.Future[Any]:
         """Begins a bucket's exchange. The future holds a tensor, or a list of one.
 
         Raises ValueError for sparse or complex gradients and unknown dtypes.
@@ -54,7 +55,7 @@ class Exchange:
     def metrics(self) -> dict[str, Any]: ...
     def reset_metrics(self) -> None: ...
 
-def register_comm_hook(reducer: dist.Reducer, exchange: Exchange) -> None:
+def register_comm_hook(reducer: Reducer, exchange: Exchange) -> None:
     """Registers the native hook on a DDP reducer. Once per reducer, before its first backward."""
 
 def describe(

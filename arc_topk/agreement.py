@@ -31,7 +31,8 @@ def agree(
         group: must be usable with CPU tensors.
 
     Raises:
-        ValueError: on every rank, if ranks differ or one has an error; names rank, field and values.
+        ValueError: on every rank, if ranks differ or one has an error; names rank, field and
+            values.
     """
     fields = {} if config is None else {k: str(v) for k, v in vars(config).items()}
     mine = (None if error is None else f"{type(error).__name__}: {error}", fields, list(tensors))

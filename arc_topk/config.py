@@ -19,24 +19,24 @@ DEFAULT_ETA = 0.1
 
 @dataclass(frozen=True)
 class Config:
-    """How gradients are averaged. Must be equal on every rank; a difference is an error on every rank.
+    """How gradients are averaged. Ranks must agree: a difference is an error on every rank.
 
     Attributes:
         compressor: ``"arc_topk"`` (arXiv 2510.26709), ``"top_k"``, ``"rand_k"`` or ``"dense"``.
         feedback: ``"ef14"``, ``"ef21"``, ``"ef21m"`` (the paper's, EF21-SGDM of Fatkhullin et al.,
-            NeurIPS 2023) or ``"none"``. EF14 is the default because it reached lower losses at equal
-            bytes in every trial of ours, with half of EF21M's state: docs/algorithm.md.
-        ratio: kept share of a matrix's rows (Top-K: of its elements), in (0, 1]. The share of *bytes*
-            is larger by the sketch and the tensors that stay dense: ``State.plan()`` shows it.
+            NeurIPS 2023) or ``"none"``. EF14 is the default because it reached lower losses at
+            equal bytes in every trial of ours, with half of EF21M's state: docs/algorithm.md.
+        ratio: kept share of a matrix's rows (Top-K: of its elements), in (0, 1]. The share of
+            *bytes* is larger by the sketch and the tensors that stay dense: see ``State.plan()``.
         sketch_dim: r, the columns of the sketch, from 1 to 64. A sketch costs ``4 r`` bytes a row.
-        row_width: None keeps whole rows (dimension 0 against the rest). An integer c keeps runs of c
-            elements, and then compresses 1-D tensors too. Rand-K over single elements: 1.
+        row_width: None keeps whole rows (dimension 0 against the rest). An integer c keeps runs of
+            c elements, and then compresses 1-D tensors too. Rand-K over single elements: 1.
         eta: EF21M's momentum, in (0, 1]; None means 0.1. With any other feedback it must be None.
         start_step: synchronised backward passes of plain averaging before compression begins.
-        wire_dtype: what rows travel in; None: the gradient's dtype. What a narrower type rounds away
-            stays in the error feedback.
-        state_dtype: what error feedback is kept in: None or ``torch.float32``, or ``torch.bfloat16``.
-            float64 gradients always keep float64 state.
+        wire_dtype: what rows travel in; None: the gradient's dtype. What a narrower type rounds
+            away stays in the error feedback.
+        state_dtype: what error feedback is kept in: None or ``torch.float32``, or
+            ``torch.bfloat16``. float64 gradients always keep float64 state.
         seed: of the random projection V and of Rand-K's draw, in [0, 2**64). torch's own generators
             are not touched.
 
@@ -66,8 +66,8 @@ class Config:
         if self.eta is not None:
             if self.feedback != "ef21m":
                 raise ValueError(
-                    f"eta is {self.eta} with feedback='{self.feedback}'; only feedback='ef21m' has a "
-                    "momentum: leave eta out, or choose feedback='ef21m'"
+                    f"eta is {self.eta} with feedback='{self.feedback}'; only feedback='ef21m' has "
+                    "a momentum: leave eta out, or choose feedback='ef21m'"
                 )
             _number("eta", self.eta, "a number in (0, 1]", lambda x: 0 < x <= 1)
         _integer("start_step", self.start_step, 0, 2**62)

@@ -35,8 +35,8 @@ class GradientExchange:
         **fields: fields of `Config`, instead of ``config``.
 
     Raises:
-        TypeError, ValueError: from `Config`; a dtype that cannot be served; or, on every rank, ranks
-            differ.
+        TypeError, ValueError: from `Config`; a dtype that cannot be served; or, on every rank,
+            ranks differ.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class GradientExchange:
         self._keys = [
             torch.empty_like(t, device="meta", memory_format=torch.preserve_format) for t in tensors
         ]
-        self._buckets = [_FlatBucket(self._keys, dtype) for dtype in {t.dtype: None for t in tensors}]
+        self._buckets = [
+            _FlatBucket(self._keys, dtype) for dtype in {t.dtype: None for t in tensors}
+        ]
         self._engine = _C.Exchange(self.config.native(), group, group)
         for i, key in enumerate(self._keys):
             self._engine.set_name(key, f"tensor {i}")

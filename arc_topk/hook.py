@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from arc_topk import _C
@@ -16,8 +17,8 @@ from arc_topk.plan import Plan, make_plan
 class State:
     """The configuration and, from its first use on, the engine with its error feedback.
 
-    One object per rank and DDP instance. `register` makes it; make it yourself only for the standard
-    form, where a framework owns the DDP wrapper::
+    One object per rank and DDP instance. `register` makes it; make it yourself only for the
+    standard form, where a framework owns the DDP wrapper::
 
         state = arc_topk.State(arc_topk.Config(ratio=0.1))
         ddp.register_comm_hook(state, arc_topk.arc_topk_hook)
@@ -74,7 +75,7 @@ class State:
         """
         if self._named is None:
             raise RuntimeError(
-                "State.plan() needs the parameters: call state.bind(ddp) first, or use register(ddp)"
+                "State.plan() needs the parameters: call state.bind(ddp) or use register(ddp)"
             )
         return make_plan(self.config, self._named, dist.get_world_size(self._group))
 
@@ -83,11 +84,11 @@ class State:
 
         Returns:
             ``steps`` and ``compressed_steps`` (since the beginning); ``exchanges`` (of buckets);
-            ``collectives``; ``wire_bytes``, handed to the collectives, and ``dense_bytes``, what plain
-            averaging would have handed over; ``link_bytes``, sent over this rank's link by ring
-            algorithms: 2 (N-1)/N bytes per byte all-reduced, N-1 per byte all-gathered;
-            ``energy_captured``, ||C||^2 of the averaged rows over ||mean X||^2 as the sketch estimates
-            it (NaN for compressors without a sketch); ``seconds``, a dict by phase.
+            ``collectives``; ``wire_bytes``, handed to the collectives, and ``dense_bytes``, what
+            plain averaging would have handed over; ``link_bytes``, sent over this rank's link by
+            ring algorithms: 2 (N-1)/N bytes per byte all-reduced, N-1 per byte all-gathered;
+            ``energy_captured``, ||C||^2 of the averaged rows over ||mean X||^2 as the sketch
+            estimates it (NaN for compressors without a sketch); ``seconds``, a dict by phase.
         """
         if self._engine is None:
             raise RuntimeError("State.metrics() has nothing yet: bind(ddp) or run a step first")
@@ -126,9 +127,7 @@ class State:
         self.__init__(state["config"])  # type: ignore[misc]
 
 
-def register(
-    ddp: DistributedDataParallel, config: Config | None = None, **fields: Any
-) -> State:
+def register(ddp: DistributedDataParallel, config: Config | None = None, **fields: Any) -> State:
     """Registers compression on ``ddp``: its gradients are averaged by it from the next backward on.
 
     The native form: the hook is C++ and never takes the GIL. A collective: call it on every rank,
@@ -148,8 +147,8 @@ def register(
     Raises:
         TypeError: ``ddp`` is not a DistributedDataParallel, or a field has a wrong type.
         ValueError: a field's value is wrong, ``ddp`` cannot be served (it has a hook already, mixed
-            precision, the Python reducer, an optimizer in backward, sparse or complex parameters), or
-            ranks differ: on every rank, whichever rank it happened on.
+            precision, the Python reducer, an optimizer in backward, sparse or complex parameters),
+            or ranks differ: on every rank, whichever rank it happened on.
     """
     state: State | None = None
     error: Exception | None = None
@@ -169,7 +168,7 @@ def register(
     return state
 
 
-def arc_topk_hook(state: State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def arc_topk_hook(state: State, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The standard form, for ``ddp.register_comm_hook(state, arc_topk_hook)``.
 
     The same engine as `register`, bit for bit; each bucket takes the GIL twice for a moment.
@@ -182,8 +181,8 @@ def arc_topk_hook(state: State, bucket: dist.GradBucket) -> torch.futures.Future
         A future of the averaged bucket: a dense 1-D tensor of the bucket's numel and dtype.
 
     Raises:
-        ValueError: sparse or complex gradients, or a dtype other than float32, float64, bfloat16 and
-            float16; or, at the first bucket of a state that was not bound, ranks differ.
+        ValueError: sparse or complex gradients, or a dtype other than float32, float64, bfloat16
+            and float16; or, at the first bucket of a state that was not bound, ranks differ.
     """
     future = state._ensure_engine().start(bucket)
     averaged: torch.futures.Future[torch.Tensor] = future.then(_tensor_of)
@@ -206,9 +205,7 @@ def _config(config: Config | None, fields: dict[str, Any]) -> Config:
     return config
 
 
-def _bind(
-    state: State | None, ddp: DistributedDataParallel, error: Exception | None
-) -> State:
+def _bind(state: State | None, ddp: DistributedDataParallel, error: Exception | None) -> State:
     """Compares the ranks, all of them or none; then gives the state its names, group and engine."""
     if not isinstance(ddp, DistributedDataParallel):
         raise _not_ddp(ddp)
@@ -254,8 +251,8 @@ def _check_hookable(ddp: DistributedDataParallel) -> None:
         )
     if any(hasattr(p, "_in_backward_optimizers") for p in ddp.parameters()):
         raise ValueError(
-            "an optimizer runs in ddp's backward (_apply_optimizer_in_backward), before gradients are "
-            "averaged; step the optimizer after backward instead"
+            "an optimizer runs in ddp's backward (_apply_optimizer_in_backward), before gradients "
+            "are averaged; step the optimizer after backward instead"
         )
 
 
@@ -266,7 +263,8 @@ def _unservable(
     for name, module in ddp.module.named_modules():
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             return ValueError(
-                f"module '{name}' has sparse gradients; expected dense ones: make it with sparse=False"
+                f"module '{name}' has sparse gradients; expected dense ones: make it with "
+                "sparse=False"
             )
     for name, parameter in named:
         if parameter.is_complex():
@@ -283,7 +281,7 @@ def _unservable(
 
 
 def _lane_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A Gloo group of the same ranks and timeout, in which nobody but the engine makes collectives."""
+    """A Gloo group of the same ranks and timeout, for the engine's collectives alone."""
     timeout: datetime.timedelta | None = None
     if torch.device("cpu") in group._device_types:
         timeout = group._get_backend(torch.device("cpu")).options._timeout

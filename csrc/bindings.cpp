@@ -1,9 +1,10 @@
 // The only file that knows Python. arc_topk/_C.pyi documents what it exposes.
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-#include <torch/csrc/distributed/c10d/reducer.hpp>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
 
 #include "ddp/comm_hook.h"
 
@@ -17,7 +18,8 @@ FeedbackKind feedback_named(const std::string& name) {
   if (name == "ef14") return FeedbackKind::kEF14;
   if (name == "ef21") return FeedbackKind::kEF21;
   if (name == "ef21m") return FeedbackKind::kEF21M;
-  throw std::invalid_argument("feedback is '" + name + "'; expected 'none', 'ef14', 'ef21' or 'ef21m'");
+  throw std::invalid_argument("feedback is '" + name +
+                              "'; expected 'none', 'ef14', 'ef21' or 'ef21m'");
 }
 
 std::optional<DType> optional_dtype(const std::optional<at::ScalarType>& type) {
@@ -25,13 +27,21 @@ std::optional<DType> optional_dtype(const std::optional<at::ScalarType>& type) {
   return dtype_of(*type);
 }
 
-Config make_config(std::string compressor, const std::string& feedback, double ratio, int64_t sketch_dim,
-                   std::optional<int64_t> row_width, double eta, int64_t start_step,
-                   std::optional<at::ScalarType> wire_dtype, std::optional<at::ScalarType> state_dtype,
-                   uint64_t seed) {
+Config make_config(std::string compressor, const std::string& feedback, double ratio,
+                   int64_t sketch_dim, std::optional<int64_t> row_width, double eta,
+                   int64_t start_step, std::optional<at::ScalarType> wire_dtype,
+                   std::optional<at::ScalarType> state_dtype, uint64_t seed) {
   compressor_named(compressor);
-  return {std::move(compressor), feedback_named(feedback),   ratio,      sketch_dim, row_width, eta,
-          start_step,            optional_dtype(wire_dtype), optional_dtype(state_dtype), seed};
+  return {std::move(compressor),
+          feedback_named(feedback),
+          ratio,
+          sketch_dim,
+          row_width,
+          eta,
+          start_step,
+          optional_dtype(wire_dtype),
+          optional_dtype(state_dtype),
+          seed};
 }
 
 // The lane's thread may need the GIL to finish (a Python callback on a future): whoever lets the
@@ -58,13 +68,14 @@ py::dict as_dict(const Metrics& m) {
   dict["wire_bytes"] = m.wire_bytes;
   dict["dense_bytes"] = m.dense_bytes;
   dict["link_bytes"] = static_cast<uint64_t>(m.link_bytes);
-  dict["energy_captured"] =
-      m.energy.total > 0 ? m.energy.captured / m.energy.total : std::numeric_limits<double>::quiet_NaN();
+  dict["energy_captured"] = m.energy.total > 0 ? m.energy.captured / m.energy.total
+                                               : std::numeric_limits<double>::quiet_NaN();
   dict["seconds"] = seconds;
   return dict;
 }
 
-// What make_plan() would decide of one tensor: (rows, cols, kept, wire, dense, state bytes, reason).
+// What make_plan() would decide of one tensor: (rows, cols, kept, wire, dense, state bytes,
+// reason).
 py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
                    const std::vector<int64_t>& strides, at::ScalarType dtype, int world_size) {
   const Compressor& compressor = compressor_named(config.compressor);
@@ -73,8 +84,8 @@ py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
   const Matrix m = view_as_matrix(config, compressor, shape_of(sizes, strides), types, world_size);
   int64_t numel = 1;
   for (const int64_t size : sizes) numel *= size;
-  return py::make_tuple(m.rows, m.cols, m.kept, m.wire_bytes, numel * size_of(gradient), m.state_bytes,
-                        m.why_dense);
+  return py::make_tuple(m.rows, m.cols, m.kept, m.wire_bytes, numel * size_of(gradient),
+                        m.state_bytes, m.why_dense);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// What a user chose: arc_topk/config.py validates and explains the fields; this is the same, in C++.
+// What a user chose: arc_topk/config.py validates and explains the fields; this is the same, in
+// C++.
 #pragma once
 
 #include <cstdint>

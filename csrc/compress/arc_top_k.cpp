@@ -1,6 +1,6 @@
-// ARC-Top-K (arXiv 2510.26709): all ranks all-reduce a small random sketch P = X V / sqrt(r) of their
-// messages, keep the K rows whose summed sketch is longest - the same rows everywhere, since the sum
-// is - and all-reduce just those. No index travels.
+// ARC-Top-K (arXiv 2510.26709): all ranks all-reduce a small random sketch P = X V / sqrt(r) of
+// their messages, keep the K rows whose summed sketch is longest - the same rows everywhere, since
+// the sum is - and all-reduce just those. No index travels.
 //
 //   first payload,  work type:  flags | m x r sketches | dense tensors of that type
 //   second payload, wire type:  K x n rows | dense tensors of the wire's type

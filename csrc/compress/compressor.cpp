@@ -22,8 +22,8 @@ const char* name_of(Phase phase) {
   return "?";
 }
 
-// A wire narrower than the gradient rounds, and a dense tensor has no state to feed that back from: it
-// rides in the gradient's own type where a payload has that type, else in float32.
+// A wire narrower than the gradient rounds, and a dense tensor has no state to feed that back from:
+// it rides in the gradient's own type where a payload has that type, else in float32.
 DType Compressor::dense_type(DType gradient, DType wire) const {
   const bool wide = gradient == DType::kF32 || gradient == DType::kF64;
   return wide || wire == gradient ? gradient : DType::kF32;

@@ -1,5 +1,6 @@
-// A compressor: how a matrix is cut down, and the order of kernels and collectives that does it. One
-// file each beside this one; compressors() lists them. None knows tensors, threads, DDP or a device.
+// A compressor: how a matrix is cut down, and the order of kernels and collectives that does it.
+// One file each beside this one; compressors() lists them. None knows tensors, threads, DDP or a
+// device.
 #pragma once
 
 #include <functional>
@@ -10,7 +11,14 @@
 
 namespace arc_topk {
 
-enum class Phase : uint8_t { kPrepare, kFirstCollective, kSelect, kPack, kSecondCollective, kApply };
+enum class Phase : uint8_t {
+  kPrepare,
+  kFirstCollective,
+  kSelect,
+  kPack,
+  kSecondCollective,
+  kApply
+};
 constexpr int kNumPhases = 6;
 const char* name_of(Phase phase);
 
@@ -51,7 +59,8 @@ class Compressor {
   virtual bool compresses() const { return true; }
   virtual bool by_element() const { return false; }  // keeps single elements whatever the row width
   // Bytes a rank hands to the collectives for one compressed matrix, its flag included.
-  virtual int64_t wire_bytes(const Matrix& matrix, const Types& types, const Config& config) const = 0;
+  virtual int64_t wire_bytes(const Matrix& matrix, const Types& types,
+                             const Config& config) const = 0;
   // Link traffic of a byte handed over, against a byte handed to an all-reduce (ring algorithms).
   virtual double link_cost(int /*world_size*/) const { return 1; }
   // What a dense tensor rides in, within a bucket of this compressor.

@@ -1,7 +1,8 @@
 // Dense: C_i = X_i, C = the mean. Also what carries a bucket in which nothing is worth compressing.
 //
-// One all-reduce of the bucket's own buffer, in place: no payload, no copy, what DDP itself would do.
-// Only a dense type that is not the gradient's (a float32 wire for bf16 gradients) needs a payload.
+// One all-reduce of the bucket's own buffer, in place: no payload, no copy, what DDP itself would
+// do. Only a dense type that is not the gradient's (a float32 wire for bf16 gradients) needs a
+// payload.
 #include "compress/compressor.h"
 
 namespace arc_topk {
@@ -46,7 +47,6 @@ class Dense final : public Compressor {
       step.kernels().blend(step.bucket());
     }
   }
-
 };
 
 }  // namespace

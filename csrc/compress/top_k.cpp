@@ -1,11 +1,11 @@
-// Top-K: each rank keeps its own K elements of largest magnitude. The ranks' choices differ, so values
-// and int32 indices are all-gathered, and C is the mean of N sparse contributions. The classical
-// baseline.
+// Top-K: each rank keeps its own K elements of largest magnitude. The ranks' choices differ, so
+// values and int32 indices are all-gathered, and C is the mean of N sparse contributions. The
+// classical baseline.
 //
 //   message, bytes:  dense tensors (work type) | [values if 8 bytes] | indices | flags | values
 //
-// The order keeps every part aligned without padding: padding would make the bytes of a tensor depend
-// on the bucket it is in.
+// The order keeps every part aligned without padding: padding would make the bytes of a tensor
+// depend on the bucket it is in.
 #include <algorithm>
 
 #include "compress/compressor.h"
@@ -26,7 +26,8 @@ class TopK final : public Compressor {
     return x.kept * (size_of(types.wire) + kIndexBytes) + kFlagBytes;
   }
 
-  // A ring all-gather sends N - 1 times what a rank hands over, a ring all-reduce 2 (N - 1) / N times.
+  // A ring all-gather sends N - 1 times what a rank hands over, a ring all-reduce 2 (N - 1) / N
+  // times.
   double link_cost(int world_size) const override { return std::max(world_size, 2) / 2.0; }
 
   void lay_out(Plan& plan, const Config&) const override {
@@ -60,7 +61,8 @@ class TopK final : public Compressor {
     const void* gathered = step.all_gather_message(Phase::kFirstCollective);
 
     step.enter(Phase::kPack);
-    const auto flags_at = static_cast<const char*>(bucket.flags) - static_cast<const char*>(step.message());
+    const auto flags_at =
+        static_cast<const char*>(bucket.flags) - static_cast<const char*>(step.message());
     kernels.read_flags(bucket, static_cast<const char*>(gathered) + flags_at, bucket.world_size,
                        step.message_bytes());
     kernels.settle(bucket);

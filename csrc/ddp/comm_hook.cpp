@@ -4,7 +4,8 @@
 
 namespace arc_topk {
 
-c10::intrusive_ptr<c10::ivalue::Future> exchange_bucket(Exchange& exchange, c10d::GradBucket& bucket) {
+c10::intrusive_ptr<c10::ivalue::Future> exchange_bucket(Exchange& exchange,
+                                                        c10d::GradBucket& bucket) {
   const at::Tensor& buffer = bucket.getBuffer();
   if (buffer.is_sparse() || bucket.getSparseGradIndices().has_value()) {
     throw std::invalid_argument(
@@ -12,7 +13,8 @@ c10::intrusive_ptr<c10::ivalue::Future> exchange_bucket(Exchange& exchange, c10d
   }
   if (buffer.is_complex()) {
     throw std::invalid_argument(
-        "arc_topk: a gradient is complex; expected real gradients (torch.view_as_real the parameter)");
+        "arc_topk: a gradient is complex; expected real gradients (torch.view_as_real the "
+        "parameter)");
   }
   // Slicing the buffer by the parameters' own sizes, in order, is right for every memory format;
   // getGradients() is not.

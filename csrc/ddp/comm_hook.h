@@ -1,17 +1,18 @@
-// The DDP communication hook: a bucket in, a future out. Runs on the autograd thread, without the GIL.
-// Knows DDP's buckets; knows no kernel, no device, no Python.
+// The DDP communication hook: a bucket in, a future out. Runs on the autograd thread, without the
+// GIL. Knows DDP's buckets; knows no kernel, no device, no Python.
 #pragma once
 
-#include <torch/csrc/distributed/c10d/comm.hpp>
-
 #include <memory>
+#include <torch/csrc/distributed/c10d/comm.hpp>
 
 #include "exchange/exchange.h"
 
 namespace arc_topk {
 
-// Begins the exchange of a DDP bucket. Throws for what cannot be served: sparse or complex gradients.
-c10::intrusive_ptr<c10::ivalue::Future> exchange_bucket(Exchange& exchange, c10d::GradBucket& bucket);
+// Begins the exchange of a DDP bucket. Throws for what cannot be served: sparse or complex
+// gradients.
+c10::intrusive_ptr<c10::ivalue::Future> exchange_bucket(Exchange& exchange,
+                                                        c10d::GradBucket& bucket);
 
 // The one tensor in what exchange_bucket()'s future holds.
 at::Tensor averaged(const c10::IValue& value);

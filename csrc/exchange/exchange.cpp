@@ -1,9 +1,9 @@
 #include "exchange/exchange.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include <algorithm>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "exchange/flight.h"
@@ -50,7 +50,8 @@ Projection Exchange::projection(uint64_t step, const BucketState& state) {
   const int64_t needed = store_.max_cols();
   const int64_t r = config_.sketch_dim;
   if (!v_.defined() || v_.size(1) < needed) {
-    v_ = at::empty({r, needed}, at::TensorOptions().dtype(at::kFloat).device(state.gradient[0].device()));
+    v_ = at::empty({r, needed},
+                   at::TensorOptions().dtype(at::kFloat).device(state.gradient[0].device()));
     v_rows_ = 0;
   }
   if (v_step_ != step) v_rows_ = 0;

@@ -42,15 +42,15 @@ class Flight;
 
 class Exchange {
  public:
-  // `group`: whose ranks are averaged. `lane_group`: the same ranks in a group of the lane's own, so
-  // that nobody else's collectives come between; the caller's own thread uses `group`.
+  // `group`: whose ranks are averaged. `lane_group`: the same ranks in a group of the lane's own,
+  // so that nobody else's collectives come between; the caller's own thread uses `group`.
   Exchange(Config config, c10::intrusive_ptr<c10d::ProcessGroup> group,
            c10::intrusive_ptr<c10d::ProcessGroup> lane_group);
   ~Exchange();
 
   // Begins the exchange of one bucket: `parameters` are the keys of its state, their gradients lie
-  // one after the other in `buffer`. The future holds the averaged bucket: the buffer or an arena of
-  // this engine, valid until the bucket's next exchange. Call from one thread at a time, in the
+  // one after the other in `buffer`. The future holds the averaged bucket: the buffer or an arena
+  // of this engine, valid until the bucket's next exchange. Call from one thread at a time, in the
   // same order of buckets on every rank. `index` only names the bucket in errors.
   c10::intrusive_ptr<c10::ivalue::Future> start(const at::Tensor& buffer,
                                                 const std::vector<at::Tensor>& parameters,
@@ -66,7 +66,8 @@ class Exchange {
 
  private:
   friend class Flight;
-  Flight& prepare(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters, int64_t index);
+  Flight& prepare(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters,
+                  int64_t index);
   Projection projection(uint64_t step, const BucketState& state);
   std::string describe(const BucketState& state, int64_t index) const;
 

@@ -1,11 +1,11 @@
 #include "exchange/flight.h"
 
 #include <ATen/Parallel.h>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include <algorithm>
 #include <exception>
 #include <stdexcept>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 namespace arc_topk {
 
@@ -77,9 +77,9 @@ void Flight::start_dense() {
   }
 }
 
-// The shared estimate lies in bucket order and is what DDP is to get: handing out its arena saves the
-// pass that would copy it. Not where its type differs from the bucket's, which DDP relies on, or where
-// a tensor's result is NaN and its estimate is not.
+// The shared estimate lies in bucket order and is what DDP is to get: handing out its arena saves
+// the pass that would copy it. Not where its type differs from the bucket's, which DDP relies on,
+// or where a tensor's result is NaN and its estimate is not.
 at::Tensor Flight::result() {
   if (mode_ != Mode::kCompress || bucket().shared == nullptr) return state_.gradient[0];
   const Outcome* outcome = bucket().outcome;
@@ -112,7 +112,8 @@ void Flight::refuse_after_failure() const {
 std::string Flight::explain(const std::string& what) {
   const std::lock_guard lock(exchange_.mutex_);
   exchange_.failure_ = "arc_topk: rank " + std::to_string(exchange_.rank_) + ", " +
-                       exchange_.describe(state_, index_) + ", phase " + name_of(phase_) + ": " + what;
+                       exchange_.describe(state_, index_) + ", phase " + name_of(phase_) + ": " +
+                       what;
   return exchange_.failure_;
 }
 
@@ -125,7 +126,7 @@ c10::intrusive_ptr<c10::ivalue::Future> Flight::promise() {
 // all-reduce, no thread of ours in between.
 c10::intrusive_ptr<c10::ivalue::Future> Flight::average(c10d::ProcessGroup& group) {
   std::vector<at::Tensor>& gradient = state_.gradient;
-  gradient[0].mul_(1.0 / exchange_.world_size_);
+  kernels().divide(bucket());
   const auto bytes = static_cast<int64_t>(gradient[0].nbytes());
   auto future = group.allreduce(gradient)->getFuture();
 
@@ -135,7 +136,7 @@ c10::intrusive_ptr<c10::ivalue::Future> Flight::average(c10d::ProcessGroup& grou
 }
 
 void Flight::average_gradient(Phase phase) {
-  state_.gradient[0].mul_(1.0 / exchange_.world_size_);
+  kernels().divide(bucket());
   all_reduce(state_.gradient, phase);
 }
 
@@ -148,7 +149,8 @@ void Flight::all_reduce(std::vector<at::Tensor>& payload, Phase phase) {
 const void* Flight::all_gather_message(Phase phase) {
   enter(phase);
   const int64_t bytes = message_bytes();
-  count_collective(bytes, static_cast<double>(exchange_.world_size_ - 1) * static_cast<double>(bytes));
+  count_collective(bytes,
+                   static_cast<double>(exchange_.world_size_ - 1) * static_cast<double>(bytes));
   group_->allgather(state_.gathered_parts, state_.message)->wait();
   return state_.gathered.const_data_ptr();
 }

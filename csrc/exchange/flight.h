@@ -1,5 +1,5 @@
-// One bucket in flight: carries it through one step after the other, on the thread that prepares and
-// then on the lane's. Made once per bucket and used again every step.
+// One bucket in flight: carries it through one step after the other, on the thread that prepares
+// and then on the lane's. Made once per bucket and used again every step.
 #pragma once
 
 #include <ATen/core/ivalue.h>
@@ -14,8 +14,8 @@ namespace arc_topk {
 
 // What a step does with a bucket.
 enum class Mode : uint8_t {
-  kAverage,   // plain averaging: before start_step, or nothing is compressed or remembered
-  kStart,     // EF21, EF21M: the dense first step, v_i = h_i = g_i, h = mean g
+  kAverage,  // plain averaging: before start_step, or nothing is compressed or remembered
+  kStart,    // EF21, EF21M: the dense first step, v_i = h_i = g_i, h = mean g
   kCompress,
 };
 

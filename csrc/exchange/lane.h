@@ -1,6 +1,7 @@
-// Who issues collectives, and in what order. Gloo matches collectives by the order in which they are
-// made, and its wait() blocks; so one thread makes them all, bucket after bucket, the same on every
-// rank whatever the timing. No collective is ever issued from another one's callback: that aborts.
+// Who issues collectives, and in what order. Gloo matches collectives by the order in which they
+// are made, and its wait() blocks; so one thread makes them all, bucket after bucket, the same on
+// every rank whatever the timing. No collective is ever issued from another one's callback: that
+// aborts.
 #pragma once
 
 #include <condition_variable>

@@ -8,8 +8,8 @@
 namespace arc_topk {
 namespace {
 
-// Elements a piece of work should have: long enough to hide the cost of handing it out, short enough
-// that every thread gets some of every bucket and a piece's arrays stay in the L2 cache.
+// Elements a piece of work should have: long enough to hide the cost of handing it out, short
+// enough that every thread gets some of every bucket and a piece's arrays stay in the L2 cache.
 constexpr int64_t kPieceNumel = 32768;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -29,7 +29,8 @@ std::string why_dense(const Config& config, const Compressor& compressor, const 
   if (!compressor.compresses()) return "compressor 'dense'";
   if (shape.numel == 0) return "empty";
   if (shape.dims < 2 && !config.row_width) return "fewer than 2 dimensions and no row_width";
-  if (static_cast<double>(matrix.wire_bytes) * link_cost < static_cast<double>(matrix.dense_bytes)) return "";
+  if (static_cast<double>(matrix.wire_bytes) * link_cost < static_cast<double>(matrix.dense_bytes))
+    return "";
   std::string bytes = std::to_string(matrix.wire_bytes);
   if (link_cost != 1) bytes += " x " + std::to_string(link_cost).substr(0, 4);
   return "compressed bytes " + bytes + " >= dense " + std::to_string(matrix.dense_bytes);
@@ -50,7 +51,8 @@ int64_t state_bytes(const Config& config, const Compressor& compressor, const Ty
 
 int64_t kept_rows(double ratio, int64_t rows) {
   // The product may land a hair above the integer that was meant: 0.07 * 100 is 7.000000000000001.
-  const auto kept = static_cast<int64_t>(std::ceil(ratio * static_cast<double>(rows) * (1 - 1e-12)));
+  const auto kept =
+      static_cast<int64_t>(std::ceil(ratio * static_cast<double>(rows) * (1 - 1e-12)));
   return std::clamp<int64_t>(kept, 1, std::max<int64_t>(rows, 1));
 }
 

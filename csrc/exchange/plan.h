@@ -1,6 +1,6 @@
-// The layout of one bucket: which tensors are compressed, how many rows each keeps, and where in the
-// payloads everything lies. Follows from the configuration, the tensors' shapes and the world size
-// alone, so it is the same on every rank and nothing ever waits to learn a size.
+// The layout of one bucket: which tensors are compressed, how many rows each keeps, and where in
+// the payloads everything lies. Follows from the configuration, the tensors' shapes and the world
+// size alone, so it is the same on every rank and nothing ever waits to learn a size.
 #pragma once
 
 #include <cstdint>

@@ -17,11 +17,16 @@ const Kernels& kernels_for(c10::Device device) {
 }
 
 at::Tensor uninitialised(int64_t numel, at::ScalarType type, c10::Device device) {
-  return numel == 0 ? at::Tensor() : at::empty({numel}, at::TensorOptions().dtype(type).device(device));
+  return numel == 0 ? at::Tensor()
+                    : at::empty({numel}, at::TensorOptions().dtype(type).device(device));
 }
 
-void* data_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
-void* data_of(const std::vector<at::Tensor>& one) { return one.empty() ? nullptr : data_of(one[0]); }
+void* data_of(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+}
+void* data_of(const std::vector<at::Tensor>& one) {
+  return one.empty() ? nullptr : data_of(one[0]);
+}
 
 // A vector of one tensor, or none.
 std::vector<at::Tensor> one_of(at::Tensor tensor) {
@@ -31,8 +36,8 @@ std::vector<at::Tensor> one_of(at::Tensor tensor) {
 }
 
 // fp16 overflows at 65504: the sum of N values does not when each was scaled down by the next power
-// of two from N on. A power of two, since that loses nothing but the smallest subnormal numbers, and
-// what is lost stays in the error feedback. What is gathered is not summed on the wire.
+// of two from N on. A power of two, since that loses nothing but the smallest subnormal numbers,
+// and what is lost stays in the error feedback. What is gathered is not summed on the wire.
 double wire_scale(DType wire, const Compressor& compressor, int world_size) {
   const bool may_overflow = wire == DType::kF16 && !compressor.gathers();
   return may_overflow ? std::exp2(-std::ceil(std::log2(world_size))) : 1.0;
@@ -103,7 +108,8 @@ void allocate_scratch(BucketState& s, c10::Device device) {
   s.bucket.outcome = reinterpret_cast<Outcome*>(marks + 2 * segments);
 }
 
-void check(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters, int64_t plan_numel) {
+void check(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters,
+           int64_t plan_numel) {
   if (buffer.numel() == plan_numel && buffer.is_contiguous()) return;
   throw std::invalid_argument("arc_topk: the bucket has " + std::to_string(buffer.numel()) +
                               " elements, but its " + std::to_string(parameters.size()) +
@@ -124,7 +130,8 @@ DType dtype_of(at::ScalarType type) {
     case at::kHalf:
       return DType::kF16;
     default:
-      throw std::invalid_argument(std::string("arc_topk: a gradient has dtype ") + c10::toString(type) +
+      throw std::invalid_argument(std::string("arc_topk: a gradient has dtype ") +
+                                  c10::toString(type) +
                                   "; expected Float, Double, BFloat16 or Half");
   }
 }
@@ -237,8 +244,8 @@ std::unique_ptr<BucketState> StateStore::make(const std::vector<at::Tensor>& par
 }
 
 void StateStore::move_in(BucketState& bucket) {
-  const auto carry = [](at::Tensor& to, int64_t to_offset, const at::Tensor& from, int64_t from_offset,
-                        int64_t numel) {
+  const auto carry = [](at::Tensor& to, int64_t to_offset, const at::Tensor& from,
+                        int64_t from_offset, int64_t numel) {
     if (to.defined() && from.defined()) {
       to.narrow(0, to_offset, numel).copy_(from.narrow(0, from_offset, numel));
     }
@@ -261,7 +268,8 @@ void StateStore::move_in(BucketState& bucket) {
       started = old.started;
       if (--old.parameters_here == 0) buckets_.erase(&old);
     }
-    // A dense step starts all of them again where one of them has not started: nothing is lost by it.
+    // A dense step starts all of them again where one of them has not started: nothing is lost by
+    // it.
     const bool has_estimate = here.compressed() || config_.feedback == FeedbackKind::kEF21M;
     if (has_estimate) bucket.started = bucket.started && started;
     place->second = {&bucket, static_cast<int64_t>(i), here.stream};

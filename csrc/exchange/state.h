@@ -1,9 +1,9 @@
 // Error-feedback state by parameter, in arenas that lie in bucket order.
 //
-// DDP rebuilds its buckets after the first backward: other parameters side by side, in another order.
-// A bucket is therefore known by its list of parameters, never by its index. When an unknown list
-// comes, a bucket is made for it and the values of its parameters move over from where they were;
-// an old bucket goes once the last of its parameters has left.
+// DDP rebuilds its buckets after the first backward: other parameters side by side, in another
+// order. A bucket is therefore known by its list of parameters, never by its index. When an unknown
+// list comes, a bucket is made for it and the values of its parameters move over from where they
+// were; an old bucket goes once the last of its parameters has left.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -41,7 +41,7 @@ struct BucketState {
 
   uint64_t exchanges = 0;   // steps so far: the count of its first parameter
   uint64_t compressed = 0;  // of those, the compressed ones
-  bool started = false;    // EF21, EF21M: the dense first step has set h_i and h
+  bool started = false;     // EF21, EF21M: the dense first step has set h_i and h
   int64_t parameters_here = 0;
 
   std::unique_ptr<Step> step;  // carries the bucket through its steps; made by the exchange
@@ -60,12 +60,13 @@ class StateStore {
  private:
   struct Place {
     BucketState* bucket;
-    int64_t index;   // which of the bucket's tensors
+    int64_t index;  // which of the bucket's tensors
     uint32_t stream;
   };
 
   BucketState* known(const std::vector<at::Tensor>& parameters) const;
-  std::unique_ptr<BucketState> make(const std::vector<at::Tensor>& parameters, const at::Tensor& buffer);
+  std::unique_ptr<BucketState> make(const std::vector<at::Tensor>& parameters,
+                                    const at::Tensor& buffer);
   void move_in(BucketState& bucket);
 
   const Config config_;

@@ -46,7 +46,8 @@ struct NoFeedback {
   ARC_TOPK_HD void undo(const T&, T&, T&) const {}
 };
 
-// EF14: a is e_i, the residual. X_i = g_i + e_i is kept where e_i was, so the message costs no memory.
+// EF14: a is e_i, the residual. X_i = g_i + e_i is kept where e_i was, so the message costs no
+// memory.
 struct EF14 {
   static constexpr FeedbackKind kKind = FeedbackKind::kEF14;
   template <class T>

@@ -1,6 +1,6 @@
-// The one seam between the algorithm and a device: plain structs, raw pointers, one virtual call for
-// a whole bucket. The algorithm (csrc/compress, csrc/exchange) knows nothing of SIMD or CUDA; a device
-// knows nothing of collectives, DDP or tensors. A new device is one new folder beside cpu/.
+// The one seam between the algorithm and a device: plain structs, raw pointers, one virtual call
+// for a whole bucket. The algorithm (csrc/compress, csrc/exchange) knows nothing of SIMD or CUDA; a
+// device knows nothing of collectives, DDP or tensors. A new device is one new folder beside cpu/.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +25,7 @@ constexpr DType work_type(DType gradient) {
 // Made once with the plan. Offsets count elements of the array they point into.
 struct Segment {
   int64_t offset;   // first element in the bucket, and in every state arena
-  int64_t numel;    // may be less than rows * cols: the last row is then short, and zero beyond its end
+  int64_t numel;    // less than rows * cols where the last row is short, and zero beyond its end
   int64_t rows;     // m
   int64_t cols;     // n
   int64_t kept;     // K; 0 for a tensor that stays dense (it then has rows = numel, cols = 1)
@@ -35,7 +35,7 @@ struct Segment {
   int64_t key;      // compressed: its m scores
   int64_t pick;     // compressed: its K selected rows
   uint32_t stream;  // tells the tensors of one bucket apart in Rand-K's random numbers
-  bool dense_in_first;  // dense: rides in the first payload (work type) rather than the second (wire)
+  bool dense_in_first;  // dense: rides in the first payload (work type), not the second
 
   bool compressed() const { return kept > 0; }
 };
@@ -48,7 +48,8 @@ struct Piece {
   int64_t row_end;
 };
 
-// What became of a compressed tensor in this step, the same on all ranks (read off the summed flags).
+// What became of a compressed tensor in this step, the same on all ranks (read off the summed
+// flags).
 enum class Outcome : uint8_t {
   kNormal,
   kUnused,     // its gradient was zero on every rank: no state changes
@@ -73,14 +74,14 @@ struct Bucket {
   void* gradient;  // gradient_type: the bucket itself; also where the result goes when h is not it
   void* own_a;     // state_type: see feedback.h
   void* own_b;
-  void* shared;    // state_type: h
+  void* shared;  // state_type: h
 
   // Payloads. Top-K's lie inside one message of bytes, picks and flags with them.
-  void* first;       // work type: flags | sketches | dense tensors
-  void* second;      // wire_type: (Rand-K: flags |) rows | dense tensors
-  void* flags;       // one number per compressed segment, inside one of the payloads
+  void* first;   // work type: flags | sketches | dense tensors
+  void* second;  // wire_type: (Rand-K: flags |) rows | dense tensors
+  void* flags;   // one number per compressed segment, inside one of the payloads
   DType flag_type;
-  int32_t* picks;    // selected rows, ascending within a segment
+  int32_t* picks;  // selected rows, ascending within a segment
 
   // Scratch.
   uint8_t* used;     // a segment each: this rank's gradient has a non-zero element
@@ -115,7 +116,8 @@ class Kernels {
  public:
   virtual ~Kernels() = default;
 
-  // V for one step by random.h: columns c in [0, sketch_dim), rows [begin, end), at data[c * stride + row].
+  // V for one step by random.h: columns c in [0, sketch_dim), rows [begin, end), at data[c * stride
+  // + row].
   virtual void project(float* data, int64_t stride, int64_t begin, int64_t end, int64_t sketch_dim,
                        uint64_t seed, uint64_t step) const = 0;
 
@@ -124,9 +126,9 @@ class Kernels {
   // costs nothing for a tensor that has a gradient.
   virtual void scan(const Bucket& b) const = 0;
 
-  // One pass over gradient and state: updates the state (feedback.prepare), sets bad[], and, given a
-  // projection, adds up the sketches into `first`. A non-finite state is never stored. A segment that
-  // is not used[] here is sketched as if prepared but its state stays: settle() decides. Dense
+  // One pass over gradient and state: updates the state (feedback.prepare), sets bad[], and, given
+  // a projection, adds up the sketches into `first`. A non-finite state is never stored. A segment
+  // that is not used[] here is sketched as if prepared but its state stays: settle() decides. Dense
   // segments are copied into their payload.
   virtual void prepare(const Bucket& b, const Projection* v) const = 0;
 
@@ -136,10 +138,12 @@ class Kernels {
   // --- between collectives ---------------------------------------------------------------------
   // outcome[] from the flags, summed here over `copies` that lie `stride` bytes apart (1 after an
   // all-reduce, world_size after an all-gather). `flags` need not be b.flags.
-  virtual void read_flags(const Bucket& b, const void* flags, int64_t copies, int64_t stride) const = 0;
+  virtual void read_flags(const Bucket& b, const void* flags, int64_t copies,
+                          int64_t stride) const = 0;
 
-  // Brings own state to what the outcome demands: prepares what prepare() held back where some other
-  // rank used the tensor; takes back what it stored where some rank's gradient was non-finite.
+  // Brings own state to what the outcome demands: prepares what prepare() held back where some
+  // other rank used the tensor; takes back what it stored where some rank's gradient was
+  // non-finite.
   virtual void settle(const Bucket& b) const = 0;
 
   // keys[] = ||P_j||^2 with P the summed sketch divided by N; returns the scores' sum over normal
@@ -159,10 +163,11 @@ class Kernels {
 
   // --- after the last collective ---------------------------------------------------------------
   // The summed payloads into the result. Feedback with a shared estimate: h += C, dense segments
-  // h = mean (EF21M: (1 - eta) h + eta mean; unchanged where the mean is zero everywhere). Others: C
-  // into `gradient`, zero outside the picked rows. A compressed segment that is non-finite fills
-  // `gradient` with NaN (no shared estimate) or leaves h alone; a dense one whose mean is non-finite
-  // gets outcome kNonFinite and leaves h alone too. Returns ||C||^2 over normal compressed segments.
+  // h = mean (EF21M: (1 - eta) h + eta mean; unchanged where the mean is zero everywhere). Others:
+  // C into `gradient`, zero outside the picked rows. A compressed segment that is non-finite fills
+  // `gradient` with NaN (no shared estimate) or leaves h alone; a dense one whose mean is
+  // non-finite gets outcome kNonFinite and leaves h alone too. Returns ||C||^2 over normal
+  // compressed segments.
   virtual double apply(const Bucket& b) const = 0;
 
   // Top-K's apply(): the mean of world_size messages that lie `stride` bytes apart from `gathered`.
@@ -173,7 +178,10 @@ class Kernels {
   // `gradient` = h for feedback with a shared estimate, NaN where the outcome is non-finite.
   virtual void publish(const Bucket& b) const = 0;
 
-  // --- steps whose mean gradient is dense: `gradient` was averaged in place ----------------------
+  // --- steps whose mean gradient is dense: `gradient` is averaged in place
+  // ------------------------ `gradient` /= N, to the bit as DDP does it: times 1 / N. Before its
+  // all-reduce.
+  virtual void divide(const Bucket& b) const = 0;
   // EF21, EF21M before the first compressed step's all-reduce: h_i = g_i, v_i - h_i = 0.
   virtual void remember(const Bucket& b) const = 0;
   // After it: h = mean. Returns false, and leaves h alone, where an element is non-finite.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 
 # Gradients a step, a rank, a tensor. None: the rank does not use the parameter in that step.
 Gradients = list[list[list[Tensor | None]]]
@@ -16,8 +16,8 @@ Gradients = list[list[list[Tensor | None]]]
 class Pick(nn.Module):
     """Parameters only. Its loss is sum(p * g), so the gradient of p is g, to the bit.
 
-    Parameters are used in an order of their own, so that DDP's rebuilt buckets hold other parameters
-    side by side than its first ones.
+    Parameters are used in an order of their own, so that DDP's rebuilt buckets hold other
+    parameters side by side than its first ones.
     """
 
     def __init__(self, layouts: Sequence[Tensor]) -> None:
@@ -52,18 +52,22 @@ def random_gradients(
     return steps_
 
 
-def wrap(layouts: Sequence[Tensor], dtype: torch.dtype, **ddp: Any) -> DDP:
-    return DDP(Pick([torch.zeros_like(t, dtype=dtype, device="cpu") for t in layouts]), **ddp)
+def wrap(layouts: Sequence[Tensor], dtype: torch.dtype, **ddp: Any) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        Pick([torch.zeros_like(t, dtype=dtype, device="cpu") for t in layouts]), **ddp
+    )
 
 
-def backward(model: DDP, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+def backward(
+    model: DistributedDataParallel, gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """One synchronised backward: the averaged gradient of every parameter."""
     model.zero_grad(set_to_none=True)
     model(gradients).backward()
     return [None if p.grad is None else p.grad.clone() for p in model.module.tensors]
 
 
-def streams_of(model: DDP) -> list[int]:
+def streams_of(model: DistributedDataParallel) -> list[int]:
     """Of each parameter its place in the order in which DDP's first buckets bring them."""
     order = [id(p) for b in model.reducer._get_zeros_like_grad_buckets() for p in b.parameters()]
     return [order.index(id(p)) for p in model.module.tensors]

@@ -3,8 +3,8 @@
     def body(rank, world_size, x): ...          # at a test module's top level
     results = ranks.run(body, x)                # a list, one result a rank
 
-A rank that raises fails the test with its traceback. A pool in which anything went wrong is torn down,
-so that no later test inherits a half-done collective.
+A rank that raises fails the test with its traceback. A pool in which anything went wrong is torn
+down, so that no later test inherits a half-done collective.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Ranks:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, world_size, f"{folder}/store", timeout), daemon=True
+                target=_serve,
+                args=(theirs, rank, world_size, f"{folder}/store", timeout),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -107,9 +109,7 @@ def temporary(world_size: int, timeout: timedelta) -> Iterator[Ranks]:
         pool.close()
 
 
-def _serve(
-    pipe: Connection, rank: int, world_size: int, store: str, timeout: timedelta
-) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, store: str, timeout: timedelta) -> None:
     import torch
     import torch.distributed as dist
 

@@ -14,7 +14,7 @@ from ranks import Pools, Ranks
 from torch import Tensor
 
 import arc_topk
-from arc_topk.reference import Oracle
+from arc_topk.reference import Oracle, flatten
 
 # One row, one column, a vector, 1 element, 7 elements, no last row of full width under row_width, a
 # channels_last convolution, a matrix wide enough for several registers.
@@ -29,8 +29,8 @@ LAYOUTS = [
     torch.empty(101, device="meta"),
 ]
 STEPS = 4
-# Relative to gradients of size 1. float32: order of summation. The others: rounding of the result, and
-# on a narrow wire of the sums on their way, over the steps.
+# Relative to gradients of size 1. float32: order of summation. The others: rounding of the result,
+# and on a narrow wire of the sums on their way, over the steps.
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-11, torch.bfloat16: 8e-2, torch.float16: 1e-2}
 # Within which the oracle's scores must agree with a selection.
 SELECTION = {torch.float32: 1e-4, torch.float64: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -62,15 +62,11 @@ def run_native(
     return Run(outputs, streams, state.metrics(), state.plan().wire_bytes)
 
 
-def picked_rows(
-    oracle: Oracle, output: Tensor, before: Tensor | None, t: int
-) -> Tensor | None:
-    """Which rows the engine sent, read off the result: those that are not zero, or in h not as before."""
+def picked_rows(oracle: Oracle, output: Tensor, before: Tensor | None, t: int) -> Tensor | None:
+    """Which rows the engine sent, read off the result: not zero, or in h not as before."""
     view = oracle.views[t]
     if not view.compressed or oracle.compressor != "arc_topk" or not oracle.started:
         return None
-    from arc_topk.reference import flatten
-
     flat = flatten(output.double(), oracle.layouts[t])
     if before is not None:
         flat = flat - flatten(before.double(), oracle.layouts[t])
@@ -89,15 +85,14 @@ def check_against_oracle(
     shared = config.get("feedback") in ("ef21", "ef21m")
     narrowest = max((dtype, config.get("wire_dtype") or dtype), key=lambda d: TOLERANCE[d])
     before: list[Tensor | None] = [None] * len(layouts)
+    zeros = [torch.zeros_like(t, device="cpu", dtype=dtype) for t in layouts]
     for number, step in enumerate(gradients):
         for run in runs[1:]:
             assert_same_bits(run.outputs[number], runs[0].outputs[number])
         got = runs[0].outputs[number]
         filled = [
-            [torch.zeros_like(l, device="cpu", dtype=dtype) if g is None else g
-             for g, l in zip(own, layouts, strict=True)]
-            for own in step
-        ]  # fmt: skip
+            [like if g is None else g for g, like in zip(own, zeros, strict=True)] for own in step
+        ]
         selected = [
             None if out is None else picked_rows(oracle, out, before[t] if shared else None, t)
             for t, out in enumerate(got)
@@ -137,12 +132,15 @@ def test_every_choice_agrees_with_the_oracle(
     pools: Pools, compressor: str, feedback: str, world_size: int
 ) -> None:
     for dtype, row_width in itertools.product(DTYPES, [None, 8]):
-        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, "row_width": row_width}
+        config = {
+            "compressor": compressor,
+            "feedback": feedback,
+            "ratio": 0.2,
+            "row_width": row_width,
+        }
         gradients = random_gradients(LAYOUTS, world_size, STEPS, dtype)
         buckets = {"bucket_cap_mb": 0.004}  # several, and others after the rebuild
-        runs = pools.of(world_size).run(
-            run_native, LAYOUTS, gradients, dtype, config, buckets
-        )
+        runs = pools.of(world_size).run(run_native, LAYOUTS, gradients, dtype, config, buckets)
         oracle = check_against_oracle(runs, LAYOUTS, gradients, dtype, config)
         dense_start = feedback in ("ef21", "ef21m") and any(v.compressed for v in oracle.views)
         assert runs[0].wire_bytes == oracle.wire_bytes
@@ -180,7 +178,9 @@ def test_state_in_bfloat16(ranks: Ranks, feedback: str) -> None:
                 out = runs[0].outputs[number][t]
                 assert out is not None and out.isfinite().all()
                 if result.kind == "dense":
-                    torch.testing.assert_close(out.double(), result.output.double(), rtol=0.1, atol=0.1)
+                    torch.testing.assert_close(
+                        out.double(), result.output.double(), rtol=0.1, atol=0.1
+                    )
 
 
 def test_start_step_is_plain_averaging(ranks: Ranks) -> None:

@@ -24,7 +24,8 @@ def message_of(body: Any) -> str:
     return ""
 
 
-# --- ranks that differ ------------------------------------------------------------------------------
+# --- ranks that differ
+# ------------------------------------------------------------------------------
 
 
 def register_with(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> str:
@@ -103,7 +104,8 @@ def test_tensors_other_than_at_the_start(ranks: Ranks) -> None:
         assert "tensors[0]" in dtype and "float64" in dtype and "float32" in dtype
 
 
-# --- ranks that go ------------------------------------------------------------------------------------
+# --- ranks that go
+# ------------------------------------------------------------------------------------
 
 
 def lose_a_rank(rank: int, world_size: int, gradients: Gradients, how: str) -> list[str]:

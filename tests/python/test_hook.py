@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from model import Gradients, backward, random_gradients, wrap
 from ranks import Ranks
 from test_engine import COMPRESSORS, LAYOUTS, assert_same_bits, check_against_oracle, run_native
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
 from arc_topk import _C
@@ -47,9 +48,7 @@ def test_standard_form_gives_the_same_bits(ranks: Ranks, compressor: str) -> Non
     gradients = same_gradients()
     for feedback, bind in (("ef14", True), ("ef21m", False)):
         config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
-        native = ranks.run(
-            run_native, LAYOUTS, gradients, torch.float32, config, MANY_BUCKETS
-        )
+        native = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, MANY_BUCKETS)
         standard = ranks.run(run_standard, gradients, config, bind)
         for step in range(STEPS):
             assert_same_bits(native[0].outputs[step], standard[0][step])
@@ -94,7 +93,7 @@ def test_gradient_exchange_agrees_with_the_oracle(ranks: Ranks) -> None:
                 torch.testing.assert_close(out, result.output, rtol=1e-4, atol=1e-4)
 
 
-# --- what DDP does ----------------------------------------------------------------------------------
+# --- what DDP does --------------------------------------------------------------------------------
 
 
 def run_plain(rank: int, world_size: int, gradients: Gradients) -> list[list[Tensor | None]]:
@@ -169,14 +168,20 @@ def test_two_models_do_not_meet(ranks: Ranks) -> None:
             assert_same_bits(outputs, alone[0].outputs[step])
 
 
-# --- flags ------------------------------------------------------------------------------------------
+# --- flags ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("feedback", ["none", "ef14", "ef21", "ef21m"])
 @pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
 def test_unused_parameters_change_no_state(ranks: Ranks, compressor: str, feedback: str) -> None:
     gradients = same_gradients(6)
-    for t, step, unused_on in ((0, 2, (0, 1)), (0, 3, (0, 1)), (6, 3, (1,)), (3, 2, (0, 1)), (5, 4, (0,))):
+    for t, step, unused_on in (
+        (0, 2, (0, 1)),
+        (0, 3, (0, 1)),
+        (6, 3, (1,)),
+        (3, 2, (0, 1)),
+        (5, 4, (0,)),
+    ):
         for rank in unused_on:
             gradients[step][rank][t] = None
     config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
@@ -236,7 +241,7 @@ def test_a_non_finite_dense_first_step_starts_nothing(ranks: Ranks) -> None:
         check_against_oracle(runs, LAYOUTS, gradients, torch.float32, config)
 
 
-# --- collectives --------------------------------------------------------------------------------------
+# --- collectives ----------------------------------------------------------------------------------
 
 
 class CountingGroup(dist.ProcessGroup):
@@ -255,7 +260,7 @@ class CountingGroup(dist.ProcessGroup):
         self.calls.append(("all_gather", sum(t.nbytes for t in inputs)))
         return self.inner.allgather(outputs, inputs, opts or dist.AllgatherOptions())
 
-    def getBackendName(self) -> str:
+    def getBackendName(self) -> str:  # noqa: N802
         return "counting"
 
 
@@ -278,7 +283,10 @@ def run_counted(
 @pytest.mark.parametrize("tensors", [1, 30, 300])
 @pytest.mark.parametrize("feedback", ["none", "ef14", "ef21", "ef21m"])
 def test_collectives_a_bucket(ranks: Ranks, tensors: int, feedback: str) -> None:
-    mixed = [torch.empty(24 + i % 5, 16 + i % 7) if i % 3 < 2 else torch.empty(16) for i in range(tensors)]
+    mixed = [
+        torch.empty(24 + i % 5, 16 + i % 7) if i % 3 < 2 else torch.empty(16)
+        for i in range(tensors)
+    ]
     vectors = [torch.empty(16) for _ in range(tensors)]
     expected = {"arc_topk": ["all_reduce"] * 2, "rand_k": ["all_reduce"], "top_k": ["all_gather"],
                 "dense": ["all_reduce"]}  # fmt: skip
@@ -291,10 +299,12 @@ def test_collectives_a_bucket(ranks: Ranks, tensors: int, feedback: str) -> None
             assert calls == [("all_reduce", wire_bytes)]
 
 
-# --- the GIL --------------------------------------------------------------------------------------------
+# --- the GIL --------------------------------------------------------------------------------------
 
 
-def run_while_the_gil_is_held(rank: int, world_size: int, gradients: Gradients) -> tuple[int, int]:
+def run_while_the_gil_is_held(
+    rank: int, world_size: int, gradients: Gradients
+) -> tuple[int, bool, int]:
     model = wrap(LAYOUTS, torch.float32, **MANY_BUCKETS)
     state = arc_topk.register(model, ratio=0.2)
     for step in gradients[:2]:
@@ -303,14 +313,19 @@ def run_while_the_gil_is_held(rank: int, world_size: int, gradients: Gradients) 
     buckets = len(list(model.reducer._get_zeros_like_grad_buckets()))
     loss = model(gradients[2][rank])
     sleep_with_gil = ctypes.PyDLL(None).usleep  # PyDLL does not let the GIL go
-    exchanged = []
+    seen: list[tuple[int, bool]] = []
 
     def hold() -> None:
         go.wait()
-        sleep_with_gil(700_000)
-        exchanged.append(state.metrics()["exchanges"])  # no switch yet: see the interval below
+        exchanged = 0
+        deadline = time.monotonic() + 20
+        while exchanged < buckets and time.monotonic() < deadline:
+            sleep_with_gil(5_000)
+            exchanged = state.metrics()["exchanges"]
+        seen.append((exchanged, backward_is_over.is_set()))
 
     go = threading.Event()
+    backward_is_over = threading.Event()
     holder = threading.Thread(target=hold)
     holder.start()
     interval = sys.getswitchinterval()
@@ -319,19 +334,21 @@ def run_while_the_gil_is_held(rank: int, world_size: int, gradients: Gradients) 
         # The holder gets the GIL when backward() lets it go, and keeps it while backward works.
         go.set()
         loss.backward()
+        backward_is_over.set()
         holder.join()
     finally:
         sys.setswitchinterval(interval)
-    return exchanged[0], buckets
+    return *seen[0], buckets
 
 
 def test_native_path_needs_no_gil(ranks: Ranks) -> None:
-    for exchanged, buckets in ranks.run(run_while_the_gil_is_held, same_gradients(3)):
+    for exchanged, over, buckets in ranks.run(run_while_the_gil_is_held, same_gradients(3)):
         assert buckets > 1
         assert exchanged == buckets
+        assert not over  # all of it while the holder had the GIL
 
 
-# --- registration ----------------------------------------------------------------------------------------
+# --- registration ---------------------------------------------------------------------------------
 
 
 def run_registration(rank: int, world_size: int) -> None:
@@ -340,13 +357,13 @@ def run_registration(rank: int, world_size: int) -> None:
     assert "tensors.0" in str(state.plan())
     with pytest.raises(ValueError, match=r"hook already \(arc_topk_hook\)"):
         arc_topk.register(model)
-    with pytest.raises(TypeError, match="Linear.*DistributedDataParallel"):
+    with pytest.raises(TypeError, match=r"Linear.*DistributedDataParallel"):
         arc_topk.register(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
-    sparse = DDP(torch.nn.Sequential(torch.nn.Embedding(5, 3, sparse=True)))
+    sparse = DistributedDataParallel(torch.nn.Sequential(torch.nn.Embedding(5, 3, sparse=True)))
     with pytest.raises(ValueError, match=r"module '0'.*sparse=False"):
         arc_topk.register(sparse)
-    complex_ = DDP(torch.nn.Linear(2, 2, dtype=torch.complex64))
+    complex_ = DistributedDataParallel(torch.nn.Linear(2, 2, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"parameter 'weight'.*complex64.*view_as_real"):
         arc_topk.register(complex_)
     mixed = wrap(LAYOUTS, torch.float32)
@@ -364,7 +381,7 @@ def test_what_cannot_be_served_is_refused(ranks: Ranks) -> None:
 
 
 def run_sparse_bucket(rank: int, world_size: int) -> str:
-    model = DDP(torch.nn.Sequential(torch.nn.Embedding(5, 3, sparse=True)))
+    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Embedding(5, 3, sparse=True)))
     model.register_comm_hook(arc_topk.State(), arc_topk.arc_topk_hook)
     try:
         model(torch.tensor([1, 2])).sum().backward()
@@ -376,4 +393,3 @@ def run_sparse_bucket(rank: int, world_size: int) -> str:
 def test_a_sparse_bucket_is_an_error(ranks: Ranks) -> None:
     for text in ranks.run(run_sparse_bucket):
         assert "sparse" in text
-

@@ -18,11 +18,11 @@ class SumOfSquares {
     constexpr int64_t kWidth = Lanes<double>::kWidth;
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) {
-      const auto xs = load_lanes_as<double>(x + i);
-      add_product(sum_, xs, xs);
+      const auto xs = load_lanes<double>(x + i);
+      sum_.add_product(xs, xs);
     }
-    const auto xs = load_some_lanes_as<double>(x + i, n - i);
-    add_product(sum_, xs, xs);
+    const auto xs = load_some_lanes<double>(x + i, n - i);
+    sum_.add_product(xs, xs);
   }
   double value() const { return sum_lanes(sum_); }
 
@@ -280,6 +280,18 @@ inline void remember(const Bucket& b, const Piece& p) {
   if (b.feedback == FeedbackKind::kEF21) return copy_gradient(b, range, b.own_a);
   fill_zero(b.own_a, b.state_type, range);
   copy_gradient(b, range, b.own_b);
+}
+
+inline void divide(const Bucket& b, const Piece& p) {
+  with_work_type(b, [&]<class T>(T) {
+    const T one_over_n = static_cast<T>(1.0 / b.world_size);
+    alignas(64) T buffer[kChunk];
+    for_chunks(range_of(b, p), [&](int64_t i, int64_t n) {
+      T* g = load(b.gradient, b.gradient_type, i, n, buffer);
+      for (int64_t j = 0; j < n; ++j) g[j] *= one_over_n;
+      store(g, b.gradient, b.gradient_type, i, n);
+    });
+  });
 }
 
 inline void adopt(const Bucket& b, const Piece& p) { copy_gradient(b, range_of(b, p), b.shared); }

@@ -21,7 +21,7 @@
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
 // Elements worked on at a time. A handful of arrays of this length fit in the L1 cache.
-constexpr int64_t kChunk = 512;
+constexpr int64_t kChunk = 1024;
 
 struct BF16 {
   uint16_t bits;

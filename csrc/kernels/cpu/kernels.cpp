@@ -246,6 +246,10 @@ class CpuKernels final : public Kernels {
     return true;
   }
 
+  void divide(const Bucket& b) const override {
+    for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.divide(b, p); });
+  }
+
   void blend(const Bucket& b) const override {
     mark_dense(b, 0, 0, 0);
     for_pieces(b,

@@ -16,51 +16,61 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
-template <class T>
-struct Lanes {
-  typedef T Register __attribute__((vector_size(kRegisterBytes)));
-  static constexpr int kWidth = 64 / sizeof(T);
-  static constexpr int kRegisters = 64 / kRegisterBytes;
-  static constexpr int kInRegister = kRegisterBytes / sizeof(T);
+// Halves within halves down to a register, rather than an array of registers: arrays are taken
+// apart only where the compiler unrolls every loop over them early enough, and live in memory
+// otherwise.
+template <class T, int kBytes>
+struct Wide {
+  using Half = Wide<T, kBytes / 2>;
+  Half low;
+  Half high;
 
-  Register part[kRegisters];
+  [[gnu::always_inline]] static Wide load(const T* from) {
+    return {Half::load(from), Half::load(from + kBytes / 2 / sizeof(T))};
+  }
+  [[gnu::always_inline]] void add_product(const Wide& x, const Wide& y) {
+    low.add_product(x.low, y.low);
+    high.add_product(x.high, y.high);
+  }
 };
 
 template <class T>
-[[gnu::always_inline]] inline Lanes<T> zero_lanes() {
-  return Lanes<T>{};
-}
+struct Wide<T, kRegisterBytes> {
+  typedef T Register __attribute__((vector_size(kRegisterBytes)));
+  Register lanes;
+
+  [[gnu::always_inline]] static Wide load(const T* from) {
+    Wide x;
+    std::memcpy(&x.lanes, from, kRegisterBytes);
+    return x;
+  }
+  [[gnu::always_inline]] void add_product(const Wide& x, const Wide& y) {
+    lanes = lanes + x.lanes * y.lanes;
+  }
+};
 
 template <class T>
-[[gnu::always_inline]] inline Lanes<T> load_lanes(const T* from) {
-  Lanes<T> x;
-  std::memcpy(&x, from, sizeof(x));
-  return x;
-}
+struct Lanes : Wide<T, 64> {
+  static constexpr int kWidth = 64 / sizeof(T);
+};
 
 template <class T, class S>
-[[gnu::always_inline]] inline Lanes<T> load_lanes_as(const S* from) {
+[[gnu::always_inline]] inline Lanes<T> load_lanes(const S* from) {
   if constexpr (std::is_same_v<T, S>) {
-    return load_lanes(from);
+    return {Wide<T, 64>::load(from)};
   } else {
     T wide[Lanes<T>::kWidth];
     for (int i = 0; i < Lanes<T>::kWidth; ++i) wide[i] = from[i];
-    return load_lanes(wide);
+    return {Wide<T, 64>::load(wide)};
   }
 }
 
 // n < kWidth elements, zeros behind them.
 template <class T, class S>
-[[gnu::always_inline]] inline Lanes<T> load_some_lanes_as(const S* from, int64_t n) {
+[[gnu::always_inline]] inline Lanes<T> load_some_lanes(const S* from, int64_t n) {
   T padded[Lanes<T>::kWidth] = {};
   for (int64_t i = 0; i < n; ++i) padded[i] = from[i];
-  return load_lanes(padded);
-}
-
-template <class T>
-[[gnu::always_inline]] inline void add_product(Lanes<T>& sum, const Lanes<T>& x,
-                                               const Lanes<T>& y) {
-  for (int i = 0; i < Lanes<T>::kRegisters; ++i) sum.part[i] = sum.part[i] + x.part[i] * y.part[i];
+  return load_lanes<T>(padded);
 }
 
 // The sum of all lanes: the upper half onto the lower, until one is left.

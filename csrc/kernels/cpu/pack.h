@@ -115,9 +115,9 @@ inline double largest(DType type) {
   return std::numeric_limits<double>::max();
 }
 
-// What arrives of x by the wire: c = round(x * scale) / scale. Cut off before it is scaled: the sum of
-// N values then stays within the type as well. Puts the wire's values at `wire`
-// unless that is null.
+// What arrives of x by the wire: c = round(x * scale) / scale. Cut off before it is scaled: the sum
+// of N values then stays within the type as well. Puts the wire's values at `wire` unless that is
+// null.
 template <class T>
 inline const T* round_to_wire(const Bucket& b, const T* x, int64_t n, void* wire, int64_t at,
                               T* buffer) {

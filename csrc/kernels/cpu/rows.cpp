@@ -32,6 +32,7 @@ const Rows rows = {
     .publish = publish,
     .remember = remember,
     .adopt = adopt,
+    .divide = divide,
 };
 
 }  // namespace arc_topk::cpu::ARC_TOPK_ISA

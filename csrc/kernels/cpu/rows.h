@@ -43,7 +43,8 @@ struct Rows {
   // --- any segment ---
   void (*publish)(const Bucket&, const Piece&);
   void (*remember)(const Bucket&, const Piece&);
-  void (*adopt)(const Bucket&, const Piece&);  // h = gradient
+  void (*adopt)(const Bucket&, const Piece&);   // h = gradient
+  void (*divide)(const Bucket&, const Piece&);  // gradient /= N
 };
 
 // The tables that this machine can run, the best one last; and how many.

@@ -70,24 +70,18 @@ class Sketch {
   template <int R>
   [[gnu::always_inline]] void add(const T* x, int64_t column, int64_t n, int64_t k,
                                   Lanes<T>* sum) const {
-    const float* v[R];
-    for (int i = 0; i < R; ++i) v[i] = v_.data + (k + i) * v_.stride + column;
+    const float* v = v_.data + k * v_.stride + column;
     int64_t c = 0;
     for (; c + kWidth <= n; c += kWidth) {
-      const Lanes<T> xs = load_lanes(x + c);
-      for (int i = 0; i < R; ++i) add_product(sum[i], xs, load_lanes_as<T>(v[i] + c));
+      const Lanes<T> xs = load_lanes<T>(x + c);
+      for (int i = 0; i < R; ++i) sum[i].add_product(xs, load_lanes<T>(v + i * v_.stride + c));
     }
     if (c == n) return;
-    const Lanes<T> xs = load_some_lanes_as<T>(x + c, n - c);
+    const Lanes<T> xs = load_some_lanes<T>(x + c, n - c);
     const bool known = column + c == tail_at_;  // not so in a row that the tensor's end cuts short
     for (int i = 0; i < R; ++i) {
-      if (known) {
-        add_product(sum[i], xs, load_lanes_as<T>(tail_[k + i]));
-      } else {
-        float rest[kWidth] = {};
-        std::copy_n(v[i] + c, n - c, rest);
-        add_product(sum[i], xs, load_lanes_as<T>(rest));
-      }
+      sum[i].add_product(xs, known ? load_lanes<T>(tail_[k + i])
+                                   : load_some_lanes<T>(v + i * v_.stride + c, n - c));
     }
   }
 
