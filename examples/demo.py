@@ -1,4 +1,4 @@
-"""The demo: one model, one byte budget, five ways to average its gradients.
+"""The demo: one model, five ways to average its gradients.
 
 ``python examples/train_ddp.py --demo`` (what ``make demo`` runs) trains them one after the other on
 the same ranks, checks each run, and writes table and picture.
@@ -42,11 +42,11 @@ class Way:
 
 
 WAYS = (
-    Way("dense", "dense", "none", 0.9, 3e-3, color="#444444"),
-    Way("ARC-Top-K EF14", "arc_topk", "ef14", 0.0, 3e-3, color="#0072b2"),
+    Way("dense", "dense", "none", 0.9, 1e-2, color="#444444"),
+    Way("ARC-Top-K EF14", "arc_topk", "ef14", 0.0, 1e-2, color="#0072b2"),
     Way("ARC-Top-K EF21M", "arc_topk", "ef21m", 0.0, 3e-3, eta=0.3, color="#56b4e9"),
-    Way("Top-K EF14", "top_k", "ef14", 0.0, 3e-3, color="#d55e00"),
-    Way("Rand-K EF14", "rand_k", "ef14", 0.0, 3e-3, color="#009e73"),
+    Way("Top-K EF14", "top_k", "ef14", 0.0, 5e-3, color="#d55e00"),
+    Way("Rand-K EF14", "rand_k", "ef14", 0.0, 5e-3, color="#009e73"),
 )
 
 
