@@ -75,9 +75,8 @@ def check_setuptools(version: str) -> None:
         )
 
 
-def build(torch: str, prefix: Path) -> None:
+def build(cmake: str, torch: str, prefix: Path) -> None:
     """Configures and builds what has changed and installs the module into prefix/arc_topk."""
-    cmake = check_tools()
     prefix_hash = hashlib.sha256(sys.prefix.encode()).hexdigest()[:6]
     folder = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch-{torch}-{prefix_hash}"
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
@@ -107,9 +106,10 @@ def run(*command: str, quiet: bool = False) -> None:
 
 
 if __name__ == "__main__":
+    # Before setuptools does anything: the one line of what is missing is then all that pip shows.
     TORCH = torch_version()
+    CMAKE = check_tools()
 
-    # Only now: in an environment without torch, the line above is the message that helps.
     import setuptools
     from setuptools.command.build_ext import build_ext
 
@@ -120,7 +120,7 @@ if __name__ == "__main__":
 
         def run(self) -> None:
             """Builds in place (editable installs too) or into the wheel's folder."""
-            build(TORCH, ROOT if self.inplace else Path(self.build_lib).resolve())
+            build(CMAKE, TORCH, ROOT if self.inplace else Path(self.build_lib).resolve())
 
     setuptools.setup(
         ext_modules=[setuptools.Extension("arc_topk._C", sources=[])],
