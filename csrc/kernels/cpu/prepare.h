@@ -50,11 +50,6 @@ inline bool prepare_chunk(const Bucket& b, const F& feedback, int64_t i, int64_t
   T* to = stores && b.state_type == kTypeOf<T> ? e.a : buffers.x;
   const bool finite = form(b, feedback, e, n, to);
   if (stores) store(to, b.own_a, b.state_type, i, n);
-  for (int64_t j = 0; j < n * 4; j += 64) {
-    __builtin_prefetch((char*)(e.g+n) + j);
-    if (own_states(F::kKind) > 0) __builtin_prefetch((char*)(e.a + n)+ j);
-    if (own_states(F::kKind) > 1) __builtin_prefetch((char*)(e.b + n)+ j);
-  }
   x = to;
   return finite;
 }
