@@ -233,7 +233,10 @@ inline Marks mark_dense(const Bucket& b, const Piece& p, int64_t shift, int64_t 
 inline void apply_dense(const Bucket& b, const Piece& p, int64_t shift, int64_t copies,
                         int64_t stride) {
   const bool shared = shares_estimate(b.feedback);
-  if (shared && b.outcome[p.segment] != Outcome::kNormal) return;
+  const Outcome outcome = b.outcome[p.segment];
+  if (shared && outcome == Outcome::kNonFinite) return;
+  // The momentum of a tensor that nobody used stays; without momentum h is the mean, zero or not.
+  if (b.feedback == FeedbackKind::kEF21M && outcome == Outcome::kUnused) return;
   with_work_type(b, [&]<class T>(T) {
     const T eta = static_cast<T>(b.eta);
     const T keep = static_cast<T>(1 - b.eta);
