@@ -52,6 +52,7 @@ class GradientExchange:
         error: Exception | None = None
         try:
             self.config = _config(config, fields)
+            _check_devices(tensors)
         except (TypeError, ValueError) as found:
             error = found
         named = [(str(i), tensor) for i, tensor in enumerate(tensors)]
@@ -110,6 +111,15 @@ class GradientExchange:
                     f"tensors[{i}] is {tensor.dtype} of shape {tuple(tensor.shape)}; expected "
                     f"{key.dtype} of shape {tuple(key.shape)}"
                 )
+
+
+def _check_devices(tensors: Sequence[torch.Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"tensors[{i}] is on device '{tensor.device}'; expected 'cpu': this build has no "
+                "kernels for another device"
+            )
 
 
 class _FlatBucket:

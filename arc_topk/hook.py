@@ -267,6 +267,11 @@ def _unservable(
                 "sparse=False"
             )
     for name, parameter in named:
+        if parameter.device.type != "cpu":
+            return ValueError(
+                f"parameter '{name}' is on device '{parameter.device}'; expected 'cpu': this build "
+                "has no kernels for another device"
+            )
         if parameter.is_complex():
             return ValueError(
                 f"parameter '{name}' is {parameter.dtype}; expected a real dtype: keep it as "

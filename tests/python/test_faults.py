@@ -87,6 +87,17 @@ def test_tensors_that_differ(ranks: Ranks) -> None:
         assert "shape of tensor 1" in text and "(4, 2)" in text and "(4, 3)" in text
 
 
+def exchange_on_another_device(rank: int, world_size: int) -> str:
+    device = "meta" if rank == 1 else "cpu"
+    return message_of(lambda: arc_topk.GradientExchange([torch.zeros(3, device=device)]))
+
+
+def test_tensors_on_another_device(ranks: Ranks) -> None:
+    zero, one = ranks.run(exchange_on_another_device)
+    assert one.startswith("ValueError: tensors[0] is on device 'meta'; expected 'cpu'")
+    assert "rank 1" in zero and "device 'meta'" in zero
+
+
 def exchange_wrong_tensors(rank: int, world_size: int) -> list[str]:
     exchange = arc_topk.GradientExchange([torch.zeros(3, 3), torch.zeros(4)])
     wrong: list[list[torch.Tensor]] = [
