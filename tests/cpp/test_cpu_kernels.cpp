@@ -787,7 +787,7 @@ void check_dense_result(const BucketInMemory& x, const Segment& s, Outcome outco
       const double blended = scalar.s(scalar.w(scalar.w(keep * h) + scalar.w(eta * mean)));
       EXPECT_EQ(x.shared(s.offset + i), outcome == Outcome::kNormal ? blended : h);
     } else if (x.b.feedback == FeedbackKind::kEF21) {
-      EXPECT_EQ(x.shared(s.offset + i), outcome == Outcome::kNormal ? scalar.s(mean) : h);
+      EXPECT_EQ(x.shared(s.offset + i), outcome == Outcome::kNonFinite ? h : scalar.s(mean));
     } else if (std::isfinite(mean)) {
       EXPECT_EQ(x.gradient(s.offset + i), rounded(x.b.gradient_type, mean));
     } else {
