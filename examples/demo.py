@@ -29,7 +29,9 @@ from train_ddp import Outcome, train
 class Way:
     """One way to average gradients, with the optimizer settings that suit it.
 
-    Each way's beta1 and learning rate are the best of the same number of tries.
+    Each way had seven tries of 300 steps with one seed, the ranks simulated in one process: beta1 of
+    0, 0.5 and 0.9, learning rates from 3e-3 to 2e-2, EF21M's eta of 0.1 and 0.3. Taken was the best,
+    or one within 0.01 of it.
     """
 
     name: str
