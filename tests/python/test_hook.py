@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
 import time
@@ -330,6 +331,8 @@ def run_while_the_gil_is_held(
     holder.start()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)
+    gc.collect()
+    gc.disable()  # freeing an earlier test's engine would let the GIL go before backward() does
     try:
         # The holder gets the GIL when backward() lets it go, and keeps it while backward works.
         go.set()
@@ -337,6 +340,7 @@ def run_while_the_gil_is_held(
         backward_is_over.set()
         holder.join()
     finally:
+        gc.enable()
         sys.setswitchinterval(interval)
     return *seen[0], buckets
 
