@@ -36,9 +36,9 @@ several ranks, with gradients compressed by arc_topk."""
 EPILOG = """\
 examples:
   python examples/train_ddp.py                          four ranks here, ARC-Top-K with EF14 at 10 %
-  python examples/train_ddp.py --compressor dense --betas 0.5 0.99
+  python examples/train_ddp.py --compressor dense --lr 5e-3
                                                         what it is to be compared with
-  python examples/train_ddp.py --feedback ef21m --eta 0.3 --lr 3e-3
+  python examples/train_ddp.py --feedback ef21m --eta 0.3 --betas 0 0.99 --lr 6e-3
                                                         the paper's error feedback
   torchrun --nproc-per-node 4 examples/train_ddp.py --data war_and_peace.txt
                                                         torchrun starts the ranks, on your own text
@@ -49,8 +49,8 @@ examples:
 
 choosing settings:
   Error feedback sends what was held back some steps later, in one piece. Momentum in the optimizer
-  (beta1) on top of that delays it again: compressed runs like --betas 0 0.99, dense ones 0.5 0.99
-  to 0.9 0.99. Tune --lr anew for each compressor; it matters as much as the compressor does.
+  (beta1) on top of that delays it again: try --betas 0 0.99 and 0.5 0.99, leave 0.9 to dense runs.
+  Tune --lr anew for each compressor; it matters as much as the compressor does.
 
 reading the numbers:
   wire bytes   what a rank hands to the collectives: indices and sketches are counted
@@ -93,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=600, help="default %(default)s")
     add("--batch", type=int, default=8, help="sequences a rank and step (default %(default)s)")
     add("--lr", type=float, default=1e-2, help="highest learning rate (default %(default)s)")
-    add("--betas", type=float, nargs=2, default=(0.0, 0.99), metavar=("B1", "B2"),
-        help="of AdamW (default 0 0.99)")  # fmt: skip
+    add("--betas", type=float, nargs=2, default=(0.5, 0.99), metavar=("B1", "B2"),
+        help="of AdamW (default 0.5 0.99)")  # fmt: skip
     add("--weight-decay", type=float, default=0.01, help="of AdamW (default %(default)s)")
     add("--warmup", type=int, default=50, help="steps of rising learning rate, before its cosine")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0 turns clipping off")
