@@ -504,6 +504,79 @@ TEST(CpuPrepare, OverflowIsNonFinite) {
   }
 }
 
+// Rows that AVX-512 forms and sketches in one loop, one or four at a time: the loops of the other
+// tables, one after the other, must give the same.
+std::vector<BucketSpec> long_rows(FeedbackKind feedback) {
+  std::vector<BucketSpec> all;
+  for (DType type : {kF32, kF64}) {
+    for (int64_t dim : {1, 3, 4, 6, 8}) {
+      BucketSpec spec;
+      spec.tensors = {{9 * 1100 + 40, 1100, 3},  // twice four rows, one, and the start of another
+                      {8 * 1040, 1040, 2},       // no tail
+                      {5 * 2051 - 1, 2051, 2},   // the last row without the last column
+                      {12 * 31, 31, 4},          // too short for it
+                      {12 * 32, 32, 4},          // just long enough
+                      {7 * 45 + 1, 45, 4},       // one element in the last row
+                      {6 * 512 - 500, 512, 2}};
+      spec.feedback = feedback;
+      spec.gradient = spec.state = spec.wire = type;
+      spec.sketch_dim = dim;
+      spec.piece_numel = 1 << 20;
+      all.push_back(spec);
+    }
+  }
+  return all;
+}
+
+TEST(CpuPrepare, FusedLoopGivesTheSameBits) {
+  for (FeedbackKind feedback : kAllFeedback) {
+    for (const BucketSpec& spec : long_rows(feedback)) {
+      std::vector<std::vector<unsigned char>> baseline;
+      for (const cpu::Rows* table : all_tables()) {
+        SCOPED_TRACE(describe(*table, spec) + ", r " + std::to_string(spec.sketch_dim));
+        BucketInMemory x(spec);
+        const Projection v = x.projection();
+        cpu::kernels_with(*table).prepare(x.b, &v);
+        EXPECT_TRUE(none_of_it(x.b.bad, x.b.num_segments));
+        if (baseline.empty()) baseline = x.contents();
+        ASSERT_EQ(x.contents(), baseline);
+      }
+    }
+  }
+}
+
+TEST(CpuPrepare, FusedLoopNeverStoresANonFiniteState) {
+  for (FeedbackKind feedback : kAllFeedback) {
+    for (const BucketSpec& spec : long_rows(feedback)) {
+      for (const cpu::Rows* table : all_tables()) {
+        SCOPED_TRACE(describe(*table, spec) + ", r " + std::to_string(spec.sketch_dim));
+        BucketInMemory x(spec);
+        BucketInMemory finite(spec);
+        const std::vector<Element> before = elements(x);
+        std::vector<bool> is_bad(before.size());
+        const auto spoil = [&](const Segment& s, int64_t i, double value) {
+          x.set_gradient(s.offset + i, value);
+          is_bad[static_cast<size_t>(s.offset + i)] = true;
+        };
+        spoil(x.segments[0], 5 * 1100 + 17, NAN);    // a row of four
+        spoil(x.segments[1], 8 * 1040 - 1, -kInf);   // the last lane
+        spoil(x.segments[2], 3 * 2051 + 2050, NAN);  // the tail of a row of four
+        spoil(x.segments[5], 7 * 45, kInf);          // the tail of the last row
+        spoil(x.segments[6], 512, NAN);              // the first lane
+        const Projection v = x.projection();
+        cpu::kernels_with(*table).prepare(x.b, &v);
+        cpu::kernels_with(*table).prepare(finite.b, &v);
+        const unsigned char bad[] = {1, 1, 1, 0, 0, 1, 1};
+        EXPECT_TRUE(std::equal(std::begin(bad), std::end(bad), x.b.bad));
+        for (int64_t i = 0; i < x.b.numel; ++i) {
+          const bool held = is_bad[static_cast<size_t>(i)];
+          expect_state(x, i, held ? before[static_cast<size_t>(i)] : element(finite, i));
+        }
+      }
+    }
+  }
+}
+
 // --- keys
 // -------------------------------------------------------------------------------------------
 

@@ -65,11 +65,17 @@ template <class T, class S>
   }
 }
 
+// A call of its own: in the many places that end a row with it, it would be most of the code.
+template <class T, class S>
+[[gnu::noinline]] inline void copy_some(const S* from, int64_t n, T* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
 // n < kWidth elements, zeros behind them.
 template <class T, class S>
 [[gnu::always_inline]] inline Lanes<T> load_some_lanes(const S* from, int64_t n) {
   T padded[Lanes<T>::kWidth] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = from[i];
+  copy_some(from, n, padded);
   return load_lanes<T>(padded);
 }
 
@@ -82,6 +88,32 @@ template <class T>
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   }
   return lane[0];
+}
+
+// sum_lanes() of four at once, in the same order: halves are added until four lanes are left, then
+// the four of them side by side.
+[[gnu::always_inline]] inline void sum_lanes_of_four(const Lanes<float>* x, float* sums) {
+  typedef float Four __attribute__((vector_size(16)));
+  const auto fold = [](const Lanes<float>& lanes, Four& four) {
+    Four part[4];
+    std::memcpy(part, &lanes, sizeof(lanes));
+    four = (part[0] + part[2]) + (part[1] + part[3]);
+  };
+  Four a, b, c, d;
+  fold(x[0], a);
+  fold(x[1], b);
+  fold(x[2], c);
+  fold(x[3], d);
+  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) +  // a0 + a2, b0 + b2,
+                  __builtin_shufflevector(a, b, 2, 6, 3, 7);   // a1 + a3, b1 + b3
+  const Four cd =
+      __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Four all =
+      __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  std::memcpy(sums, &all, sizeof(all));
+}
+[[gnu::always_inline]] inline void sum_lanes_of_four(const Lanes<double>* x, double* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = sum_lanes(x[i]);
 }
 
 }  // namespace arc_topk::cpu::ARC_TOPK_ISA

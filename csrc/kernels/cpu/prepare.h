@@ -4,8 +4,7 @@
 
 #include <algorithm>
 
-#include "kernels/cpu/message.h"
-#include "kernels/cpu/sketch.h"
+#include "kernels/cpu/fused.h"
 #include "random.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
@@ -62,6 +61,11 @@ inline bool prepare_rows(const Bucket& b, const Piece& p, const F& feedback, con
   Buffers<T> buffers;
   Sketch<T> sketch(v, b.sketch_dim, s.cols);
   T* sketches = static_cast<T*>(b.first) + s.sketch + p.row_begin * b.sketch_dim;
+  if constexpr (kRegisterBytes == 64) {
+    if (is_fused<F, T>(b, s, store_it)) {
+      return form_and_sketch(b, feedback, sketch, s.cols, range.begin, range.end, sketches);
+    }
+  }
   bool finite = true;
   const T* x = nullptr;
 
