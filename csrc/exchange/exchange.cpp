@@ -9,6 +9,18 @@
 #include "exchange/flight.h"
 
 namespace arc_topk {
+namespace {
+
+// The distance between the columns of V, in floats. They are read side by side, four at a time: a
+// distance of a power of two would put the same rows of all of them in the same few cache sets. A
+// quarter of 4096 bytes and a cache line apart, they and what they are multiplied with do not meet.
+int64_t column_stride(int64_t rows) {
+  constexpr int64_t kPage = 1024;
+  constexpr int64_t kApart = kPage / 4 + 16;
+  return (rows + kPage - kApart - 1) / kPage * kPage + kApart;
+}
+
+}  // namespace
 
 Exchange::Exchange(Config config, c10::intrusive_ptr<c10d::ProcessGroup> group,
                    c10::intrusive_ptr<c10d::ProcessGroup> lane_group)
@@ -50,7 +62,7 @@ Projection Exchange::projection(uint64_t step, const BucketState& state) {
   const int64_t needed = store_.max_cols();
   const int64_t r = config_.sketch_dim;
   if (!v_.defined() || v_.size(1) < needed) {
-    v_ = at::empty({r, needed},
+    v_ = at::empty({r, column_stride(needed)},
                    at::TensorOptions().dtype(at::kFloat).device(state.gradient[0].device()));
     v_rows_ = 0;
   }
