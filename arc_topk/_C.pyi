@@ -30,11 +30,15 @@ class Exchange:
     Args:
         config: how gradients are averaged.
         group: whose ranks are averaged; plain averaging and `run` use it themselves.
-        lane_group: the same ranks, used by nobody else.
+        lane_group: the same ranks, used by nobody else but the engine's thread; None: collectives
+            of ``group`` only queue themselves on a GPU's stream, and no thread is needed.
     """
 
     def __init__(
-        self, config: Config, group: dist.ProcessGroup, lane_group: dist.ProcessGroup
+        self,
+        config: Config,
+        group: dist.ProcessGroup,
+        lane_group: dist.ProcessGroup | None = None,
     ) -> None: ...
     def start(self, bucket: GradBucket) -> torch.futures.Future[Any]:
         """Begins a bucket's exchange. The future holds a tensor, or a list of one.
@@ -69,3 +73,6 @@ def describe(
 
 def cpu_isa() -> str:
     """The instruction set the CPU kernels run with: "baseline", "avx2" or "avx512"."""
+
+def has_cuda() -> bool:
+    """Whether this build has CUDA kernels."""

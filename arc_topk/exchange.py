@@ -11,6 +11,7 @@ import torch.distributed as dist
 from arc_topk import _C
 from arc_topk.agreement import agree, describe_tensors
 from arc_topk.config import Config
+from arc_topk.device import unservable
 from arc_topk.hook import _config
 from arc_topk.plan import Plan, make_plan
 
@@ -28,8 +29,8 @@ class GradientExchange:
     exchanged as one bucket, on the calling thread.
 
     Args:
-        tensors: CPU tensors whose shapes, strides and dtypes are those of the gradients to come;
-            their values are not used.
+        tensors: whose shapes, strides, dtypes and device are those of the gradients to come; their
+            values are not used.
         config: how they are averaged; or give its fields as keywords.
         process_group: whose ranks are averaged; None: the default group.
         **fields: fields of `Config`, instead of ``config``.
@@ -65,7 +66,8 @@ class GradientExchange:
             torch.empty_like(t, device="meta", memory_format=torch.preserve_format) for t in tensors
         ]
         self._buckets = [
-            _FlatBucket(self._keys, dtype) for dtype in {t.dtype: None for t in tensors}
+            _FlatBucket(self._keys, dtype, tensors[0].device)
+            for dtype in {t.dtype: None for t in tensors}
         ]
         self._engine = _C.Exchange(self.config.native(), group, group)
         for i, key in enumerate(self._keys):
@@ -115,20 +117,26 @@ class GradientExchange:
 
 def _check_devices(tensors: Sequence[torch.Tensor]) -> None:
     for i, tensor in enumerate(tensors):
-        if tensor.device.type != "cpu":
+        error = unservable(f"tensors[{i}]", tensor.device)
+        if error is not None:
+            raise error
+        if tensor.device != tensors[0].device:
             raise ValueError(
-                f"tensors[{i}] is on device '{tensor.device}'; expected 'cpu': this build has no "
-                "kernels for another device"
+                f"tensors[{i}] is on device '{tensor.device}', tensors[0] on "
+                f"'{tensors[0].device}'; expected all tensors on one device"
             )
 
 
 class _FlatBucket:
     """The tensors of one dtype in one buffer, one after the other, each in its own memory order."""
 
-    def __init__(self, keys: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, keys: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.indices = [i for i, key in enumerate(keys) if key.dtype == dtype]
         self.keys = [keys[i] for i in self.indices]
-        self.buffer = torch.zeros(sum(key.numel() for key in self.keys), dtype=dtype)
+        numel = sum(key.numel() for key in self.keys)
+        self.buffer = torch.zeros(numel, dtype=dtype, device=device)
         self._views = self._slice(self.buffer)
 
     def load(self, tensors: list[torch.Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from arc_topk import _C
 from arc_topk.agreement import agree, describe_tensors
 from arc_topk.config import Config
+from arc_topk.device import unservable
 from arc_topk.plan import Plan, make_plan
 
 
@@ -100,20 +101,21 @@ class State:
         if self._engine is not None:
             self._engine.reset_metrics()
 
-    def _ensure_engine(self) -> _C.Exchange:
+    def _ensure_engine(self, device: torch.device) -> _C.Exchange:
         """The engine; made at the first bucket where nobody bound the state before."""
         if self._engine is None:
             group = self._group if self._group is not None else dist.group.WORLD
             if group is None:
                 raise RuntimeError("arc_topk: no process group; call init_process_group() first")
             agree(self.config, [], None, group)
-            self._connect(group)
+            self._connect(group, device)
         assert self._engine is not None
         return self._engine
 
-    def _connect(self, group: dist.ProcessGroup) -> None:
+    def _connect(self, group: dist.ProcessGroup, device: torch.device) -> _C.Exchange:
         self._group = group
-        self._engine = _C.Exchange(self.config.native(), group, _lane_group(group))
+        self._engine = _C.Exchange(self.config.native(), group, _lane_group(group, device))
+        return self._engine
 
     def __getstate__(self) -> dict[str, Any]:
         if self._group is not None and self._engine is None:
@@ -160,7 +162,8 @@ def register(ddp: DistributedDataParallel, config: Config | None = None, **field
     if not isinstance(ddp, DistributedDataParallel):
         raise _not_ddp(ddp)
     state = _bind(state, ddp, error)
-    engine = state._ensure_engine()
+    engine = state._engine
+    assert engine is not None  # _bind() has made it
     if ddp.logger is not None:
         ddp.logger._set_comm_hook_name(arc_topk_hook.__qualname__)
     ddp._comm_hooks.append((arc_topk_hook, state))
@@ -184,7 +187,7 @@ def arc_topk_hook(state: State, bucket: GradBucket) -> torch.futures.Future[torc
         ValueError: sparse or complex gradients, or a dtype other than float32, float64, bfloat16
             and float16; or, at the first bucket of a state that was not bound, ranks differ.
     """
-    future = state._ensure_engine().start(bucket)
+    future = state._ensure_engine(bucket.buffer().device).start(bucket)
     averaged: torch.futures.Future[torch.Tensor] = future.then(_tensor_of)
     return averaged
 
@@ -218,9 +221,9 @@ def _bind(state: State | None, ddp: DistributedDataParallel, error: Exception | 
     agree(state.config if state else None, describe_tensors(named), error, ddp.process_group)
     assert state is not None  # else there was an error
     state._named = named
-    if state._engine is None:
-        state._connect(ddp.process_group)
-    engine = state._ensure_engine()
+    engine = state._engine
+    if engine is None:
+        engine = state._connect(ddp.process_group, ddp.device)
     for name, parameter in named:
         engine.set_name(parameter, name)
     return state
@@ -267,11 +270,9 @@ def _unservable(
                 "sparse=False"
             )
     for name, parameter in named:
-        if parameter.device.type != "cpu":
-            return ValueError(
-                f"parameter '{name}' is on device '{parameter.device}'; expected 'cpu': this build "
-                "has no kernels for another device"
-            )
+        error = unservable(f"parameter '{name}'", parameter.device)
+        if error is not None:
+            return error
         if parameter.is_complex():
             return ValueError(
                 f"parameter '{name}' is {parameter.dtype}; expected a real dtype: keep it as "
@@ -285,11 +286,19 @@ def _unservable(
     return None
 
 
-def _lane_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A Gloo group of the same ranks and timeout, for the engine's collectives alone."""
+def _lane_group(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup | None:
+    """A Gloo group of the same ranks and timeout, for the engine's collectives alone.
+
+    None where collectives only queue themselves on the GPU's stream (NCCL): then there is nobody
+    to wait for them, and the engine issues them on ``group`` itself, in the order of the buckets.
+    """
+    kind = torch.device(device.type)
     timeout: datetime.timedelta | None = None
-    if torch.device("cpu") in group._device_types:
-        timeout = group._get_backend(torch.device("cpu")).options._timeout
+    if kind in group._device_types:
+        backend = group._get_backend(kind)
+        if backend.name() == "nccl":
+            return None
+        timeout = backend.options._timeout
     lane = dist.new_group(
         dist.get_process_group_ranks(group),
         timeout=timeout,

@@ -105,7 +105,7 @@ PYBIND11_MODULE(_C, module) {
              return std::shared_ptr<Exchange>(new Exchange(config, group, lane_group),
                                               DeleteWithoutGil());
            }),
-           py::arg("config"), py::arg("group"), py::arg("lane_group"))
+           py::arg("config"), py::arg("group"), py::arg("lane_group") = nullptr)
       .def(
           "start",
           [](Exchange& exchange, c10d::GradBucket& bucket) {
@@ -134,4 +134,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("describe", &describe, py::arg("config"), py::arg("sizes"), py::arg("strides"),
              py::arg("dtype"), py::arg("world_size"));
   module.def("cpu_isa", &cpu_isa);
+  module.def("has_cuda", [] { return cuda_kernels() != nullptr; });
 }

@@ -43,9 +43,7 @@ class ArcTopK final : public Compressor {
   void prepare(Step& step) const override {
     step.enter(Phase::kPrepare);
     const Projection v = step.projection();
-    step.kernels().scan(step.bucket());
     step.kernels().prepare(step.bucket(), &v);
-    step.kernels().write_flags(step.bucket());
   }
 
   void exchange(Step& step) const override {
@@ -55,18 +53,15 @@ class ArcTopK final : public Compressor {
     step.all_reduce_first(Phase::kFirstCollective);
 
     step.enter(Phase::kSelect);
-    kernels.read_flags(bucket, bucket.flags, 1, 0);
-    kernels.settle(bucket);
-    step.energy.total = kernels.score(bucket);
-    kernels.select(bucket);
+    kernels.select(bucket, {Keys::kSketch});
 
     step.enter(Phase::kPack);
-    kernels.pack(bucket, PackMode::kBoth);
+    kernels.pack_and_commit(bucket);
 
     step.all_reduce_second(Phase::kSecondCollective);
 
     step.enter(Phase::kApply);
-    step.energy.captured = kernels.apply(bucket);
+    kernels.apply(bucket, nullptr);
   }
 };
 

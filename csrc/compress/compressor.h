@@ -40,14 +40,10 @@ class Step {
   // The bucket's own buffer, divided by N beforehand, as DDP does it.
   virtual void average_gradient(Phase phase) = 0;
   // Top-K's messages of all ranks, one after the other.
-  virtual const void* all_gather_message(Phase phase) = 0;
-  virtual const void* message() const = 0;
-  virtual int64_t message_bytes() const = 0;
+  virtual Gathered all_gather_message(Phase phase) = 0;
 
   // Marks what the step is doing: for timings, profilers, and the text of errors.
   virtual void enter(Phase phase) = 0;
-
-  Energy energy{0, 0};  // total stays 0 for compressors that make no scores
 };
 
 class Compressor {

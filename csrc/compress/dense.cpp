@@ -42,7 +42,7 @@ class Dense final : public Compressor {
     }
     step.enter(Phase::kApply);
     if (!plan.in_place) {
-      step.kernels().apply(step.bucket());
+      step.kernels().apply(step.bucket(), nullptr);
     } else if (step.bucket().feedback == FeedbackKind::kEF21M) {
       step.kernels().blend(step.bucket());
     }

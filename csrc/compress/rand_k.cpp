@@ -37,14 +37,11 @@ class RandK final : public Compressor {
     const Bucket& bucket = step.bucket();
     const Kernels& kernels = step.kernels();
     step.enter(Phase::kPrepare);
-    kernels.scan(bucket);
     kernels.prepare(bucket, nullptr);
-    kernels.write_flags(bucket);
     step.enter(Phase::kSelect);
-    kernels.randomize(bucket, step.seed(), step.number());
-    kernels.select(bucket);
+    kernels.select(bucket, {Keys::kRandom, step.seed(), step.number()});
     step.enter(Phase::kPack);
-    kernels.pack(bucket, PackMode::kPayload);
+    kernels.pack(bucket);
   }
 
   void exchange(Step& step) const override {
@@ -55,12 +52,10 @@ class RandK final : public Compressor {
 
     // The flags arrive with the rows: only now is it known that they may be taken as sent.
     step.enter(Phase::kPack);
-    kernels.read_flags(bucket, bucket.flags, 1, 0);
-    kernels.settle(bucket);
-    kernels.pack(bucket, PackMode::kCommit);
+    kernels.commit(bucket, nullptr);
 
     step.enter(Phase::kApply);
-    kernels.apply(bucket);
+    kernels.apply(bucket, nullptr);
   }
 };
 

@@ -44,32 +44,24 @@ class TopK final : public Compressor {
     const Bucket& bucket = step.bucket();
     const Kernels& kernels = step.kernels();
     step.enter(Phase::kPrepare);
-    kernels.scan(bucket);
     kernels.prepare(bucket, nullptr);
-    kernels.write_flags(bucket);
     step.enter(Phase::kSelect);
-    kernels.magnitudes(bucket);
-    kernels.select(bucket);
+    kernels.select(bucket, {Keys::kMagnitude});
     step.enter(Phase::kPack);
-    kernels.pack(bucket, PackMode::kPayload);
+    kernels.pack(bucket);
   }
 
   void exchange(Step& step) const override {
     const Bucket& bucket = step.bucket();
     const Kernels& kernels = step.kernels();
 
-    const void* gathered = step.all_gather_message(Phase::kFirstCollective);
+    const Gathered gathered = step.all_gather_message(Phase::kFirstCollective);
 
     step.enter(Phase::kPack);
-    const auto flags_at =
-        static_cast<const char*>(bucket.flags) - static_cast<const char*>(step.message());
-    kernels.read_flags(bucket, static_cast<const char*>(gathered) + flags_at, bucket.world_size,
-                       step.message_bytes());
-    kernels.settle(bucket);
-    kernels.pack(bucket, PackMode::kCommit);
+    kernels.commit(bucket, &gathered);
 
     step.enter(Phase::kApply);
-    kernels.apply_gathered(bucket, step.message(), gathered, step.message_bytes());
+    kernels.apply(bucket, &gathered);
   }
 };
 

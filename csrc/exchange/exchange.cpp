@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
@@ -33,27 +34,39 @@ Exchange::Exchange(Config config, c10::intrusive_ptr<c10d::ProcessGroup> group,
 
 Exchange::~Exchange() = default;
 
-Flight& Exchange::prepare(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters,
-                          int64_t index) {
+Flight& Exchange::flight_of(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters) {
   BucketState& state = store_.bucket_for(parameters, buffer);
   if (state.step == nullptr) state.step = std::make_unique<Flight>(*this, state);
-  auto& flight = static_cast<Flight&>(*state.step);
-  flight.prepare(index);
-  return flight;
+  return static_cast<Flight&>(*state.step);
+}
+
+Streams* Exchange::streams_of(const BucketState& state) {
+  const std::optional<c10::Device> device = state.backend.streams;
+  if (!device) return nullptr;
+  if (streams_ == nullptr) streams_ = std::make_unique<Streams>(*device);
+  if (streams_->device() == *device) return streams_.get();
+  throw std::invalid_argument("arc_topk: a gradient is on device '" + device->str() +
+                              "', an earlier one on '" + streams_->device().str() +
+                              "'; expected all of a rank's gradients on one device");
 }
 
 c10::intrusive_ptr<c10::ivalue::Future> Exchange::start(const at::Tensor& buffer,
                                                         const std::vector<at::Tensor>& parameters,
                                                         int64_t index) {
-  Flight& flight = prepare(buffer, parameters, index);
+  Flight& flight = flight_of(buffer, parameters);
+  flight.prepare(index);
   if (flight.only_averages()) return flight.average(*group_);
   auto future = flight.promise();
-  lane_.submit(flight);
+  if (lane_group_ == nullptr) {
+    flight.run();
+  } else {
+    lane_.submit(flight);
+  }
   return future;
 }
 
 at::Tensor Exchange::run(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters) {
-  return prepare(buffer, parameters, 0).finish(*group_);
+  return flight_of(buffer, parameters).run_here(*group_);
 }
 
 // One V a step, of which a matrix with n columns uses the first n rows: made as far as the widest
@@ -71,7 +84,7 @@ Projection Exchange::projection(uint64_t step, const BucketState& state) {
   const int64_t stride = v_.size(1);
   auto* data = static_cast<float*>(v_.mutable_data_ptr());
   if (v_rows_ < needed) {
-    state.kernels->project(data, stride, v_rows_, needed, r, config_.seed, step);
+    state.backend.kernels->project(state.bucket, data, stride, v_rows_, needed, config_.seed, step);
     v_rows_ = needed;
   }
   return {data, stride};
@@ -95,11 +108,16 @@ std::string Exchange::describe(const BucketState& state, int64_t index) const {
 }
 
 Metrics Exchange::metrics() const {
+  const Energy energy = store_.device_energy();
   const std::lock_guard lock(mutex_);
-  return metrics_;
+  Metrics sum = metrics_;
+  sum.energy.captured += energy.captured;
+  sum.energy.total += energy.total;
+  return sum;
 }
 
 void Exchange::reset_metrics() {
+  store_.reset_device_energy();
   const std::lock_guard lock(mutex_);
   const uint64_t steps = metrics_.steps;
   const uint64_t compressed_steps = metrics_.compressed_steps;

@@ -18,6 +18,7 @@
 #include "config.h"
 #include "exchange/lane.h"
 #include "exchange/state.h"
+#include "exchange/streams.h"
 
 namespace c10d {
 class ProcessGroup;
@@ -43,7 +44,9 @@ class Flight;
 class Exchange {
  public:
   // `group`: whose ranks are averaged. `lane_group`: the same ranks in a group of the lane's own,
-  // so that nobody else's collectives come between; the caller's own thread uses `group`.
+  // so that nobody else's collectives come between; the caller's own thread uses `group`. Null
+  // where a collective of `group` only queues itself on the current stream (NCCL): then all of a
+  // bucket is queued from the caller's thread, and no lane is needed.
   Exchange(Config config, c10::intrusive_ptr<c10d::ProcessGroup> group,
            c10::intrusive_ptr<c10d::ProcessGroup> lane_group);
   ~Exchange();
@@ -60,14 +63,15 @@ class Exchange {
 
   void set_name(const at::Tensor& parameter, std::string name);
 
+  // Reads back what devices have summed up: waits for them.
   Metrics metrics() const;
   void reset_metrics();
   const Config& config() const { return config_; }
 
  private:
   friend class Flight;
-  Flight& prepare(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters,
-                  int64_t index);
+  Flight& flight_of(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters);
+  Streams* streams_of(const BucketState& state);
   Projection projection(uint64_t step, const BucketState& state);
   std::string describe(const BucketState& state, int64_t index) const;
 
@@ -78,6 +82,7 @@ class Exchange {
   const int world_size_;
 
   StateStore store_;
+  std::unique_ptr<Streams> streams_;  // of the device that the first bucket with streams was on
 
   // V of the step it was last made for. Only the thread that prepares touches it.
   at::Tensor v_;

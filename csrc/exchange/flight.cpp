@@ -16,20 +16,37 @@ Mode Flight::choose_mode() const {
   return plan().in_place && state_.bucket.shared == nullptr ? Mode::kAverage : Mode::kCompress;
 }
 
-void Flight::prepare(int64_t index) {
+Flight::Flight(Exchange& exchange, BucketState& state) : exchange_(exchange), state_(state) {
+  if (state.backend.streams) turn_.emplace(state.backend.streams->type());
+}
+
+void Flight::begin(int64_t index) {
   index_ = index;
   number_ = state_.exchanges++;
   mode_ = choose_mode();
   threads_ = at::get_num_threads();
   metrics_ = {};
-  energy = {0, 0};
   since_ = std::chrono::steady_clock::now();
-  phase_ = Phase::kPrepare;
+  profiled_.reset();
+  if (at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE)) profiled_.emplace();
+}
+
+void Flight::prepare(int64_t index) {
+  begin(index);
+  if (mode_ == Mode::kAverage) return;
+  Streams* streams = exchange_.streams_of(state_);
+  if (streams == nullptr) return fill_payload();
+  streams->use(state_.gradient[0]);
+  streams->prepare(*turn_, [&](void* stream) {
+    state_.bucket.stream = stream;
+    fill_payload();
+  });
+}
+
+void Flight::fill_payload() {
+  enter(Phase::kPrepare);
   if (mode_ == Mode::kStart && bucket().own_a != nullptr) kernels().remember(bucket());
-  if (mode_ == Mode::kCompress) {
-    std::fill_n(bucket().outcome, bucket().num_segments, Outcome::kNormal);
-    state_.compressor->prepare(*this);
-  }
+  if (mode_ == Mode::kCompress) state_.compressor->prepare(*this);
   leave();
 }
 
@@ -77,27 +94,39 @@ void Flight::start_dense() {
   }
 }
 
-// The shared estimate lies in bucket order and is what DDP is to get: handing out its arena saves
-// the pass that would copy it. Not where its type differs from the bucket's, which DDP relies on,
-// or where a tensor's result is NaN and its estimate is not.
 at::Tensor Flight::result() {
-  if (mode_ != Mode::kCompress || bucket().shared == nullptr) return state_.gradient[0];
-  const Outcome* outcome = bucket().outcome;
-  const bool finite = std::none_of(outcome, outcome + bucket().num_segments,
-                                   [](Outcome o) { return o == Outcome::kNonFinite; });
-  if (finite && bucket().state_type == bucket().gradient_type) return state_.shared;
-  kernels().publish(bucket());
-  return state_.gradient[0];
+  const bool in_gradient = mode_ != Mode::kCompress || bucket().shared == nullptr;
+  return in_gradient || kernels().publish(bucket()) ? state_.gradient[0] : state_.shared;
 }
 
 void Flight::run() noexcept {
   const c10::intrusive_ptr<c10::ivalue::Future> future = std::move(future_);
+  const bool on_lane = exchange_.lane_group_ != nullptr;
   try {
+    std::optional<at::ThreadLocalStateGuard> profiled;
+    if (on_lane && profiled_) profiled.emplace(*profiled_);
     if (at::get_num_threads() != threads_) at::set_num_threads(threads_);
-    future->markCompleted(finish(*exchange_.lane_group_));
+    c10d::ProcessGroup& group = on_lane ? *exchange_.lane_group_ : *exchange_.group_;
+    Streams* streams = exchange_.streams_of(state_);
+    if (streams == nullptr) return future->markCompleted(finish(group));
+    streams->communicate(*turn_, [&](void* stream) {
+      state_.bucket.stream = stream;
+      future->markCompleted(finish(group));  // records this stream: whoever waits, waits for it
+    });
   } catch (const std::exception&) {
     if (!future->completed()) future->setError(std::current_exception());
   }
+}
+
+at::Tensor Flight::run_here(c10d::ProcessGroup& group) {
+  begin(0);
+  const auto whole = [&](void* stream) {
+    state_.bucket.stream = stream;
+    if (mode_ != Mode::kAverage) fill_payload();
+    return finish(group);
+  };
+  Streams* streams = exchange_.streams_of(state_);
+  return streams == nullptr ? whole(nullptr) : streams->here(whole);
 }
 
 // After a collective has failed the group is of no use: what still waits fails at once, rather than
@@ -118,7 +147,9 @@ std::string Flight::explain(const std::string& what) {
 }
 
 c10::intrusive_ptr<c10::ivalue::Future> Flight::promise() {
-  future_ = c10::make_intrusive<c10::ivalue::Future>(c10::TensorType::get());
+  std::vector<c10::Device> devices;
+  if (state_.backend.streams) devices.push_back(*state_.backend.streams);
+  future_ = c10::make_intrusive<c10::ivalue::Future>(c10::TensorType::get(), std::move(devices));
   return future_;
 }
 
@@ -126,7 +157,12 @@ c10::intrusive_ptr<c10::ivalue::Future> Flight::promise() {
 // all-reduce, no thread of ours in between.
 c10::intrusive_ptr<c10::ivalue::Future> Flight::average(c10d::ProcessGroup& group) {
   std::vector<at::Tensor>& gradient = state_.gradient;
-  kernels().divide(bucket());
+  const auto divide = [&](void* stream) {
+    state_.bucket.stream = stream;
+    kernels().divide(bucket());
+  };
+  Streams* streams = exchange_.streams_of(state_);
+  streams == nullptr ? divide(nullptr) : streams->here(divide);
   const auto bytes = static_cast<int64_t>(gradient[0].nbytes());
   auto future = group.allreduce(gradient)->getFuture();
 
@@ -146,13 +182,13 @@ void Flight::all_reduce(std::vector<at::Tensor>& payload, Phase phase) {
   group_->allreduce(payload)->wait();
 }
 
-const void* Flight::all_gather_message(Phase phase) {
+Gathered Flight::all_gather_message(Phase phase) {
   enter(phase);
-  const int64_t bytes = message_bytes();
+  const int64_t bytes = state_.message[0].numel();
   count_collective(bytes,
                    static_cast<double>(exchange_.world_size_ - 1) * static_cast<double>(bytes));
   group_->allgather(state_.gathered_parts, state_.message)->wait();
-  return state_.gathered.const_data_ptr();
+  return {state_.message[0].const_data_ptr(), state_.gathered.const_data_ptr(), bytes};
 }
 
 // Ring algorithms: every byte goes around once to be summed and once to be told, less a rank's own.
@@ -177,9 +213,13 @@ void Flight::publish_metrics() {
   sum.wire_bytes += metrics_.wire_bytes;
   sum.link_bytes += metrics_.link_bytes;
   sum.dense_bytes += static_cast<uint64_t>(plan().dense_bytes);
-  if (energy.total > 0) {
-    sum.energy.captured += energy.captured;
-    sum.energy.total += energy.total;
+  if (state_.energy.is_cpu()) {
+    Energy& energy = *state_.bucket.energy;
+    if (energy.total > 0) {  // compressors without a sketch have nothing to compare with
+      sum.energy.captured += energy.captured;
+      sum.energy.total += energy.total;
+    }
+    energy = {0, 0};
   }
   for (int i = 0; i < kNumPhases; ++i) sum.seconds[i] += metrics_.seconds[i];
 }
@@ -187,12 +227,14 @@ void Flight::publish_metrics() {
 void Flight::enter(Phase phase) {
   leave();
   phase_ = phase;
+  span_.begin(kernels(), phase, index_);
 }
 
 void Flight::leave() {
   const auto now = std::chrono::steady_clock::now();
   metrics_.seconds[static_cast<int>(phase_)] += std::chrono::duration<double>(now - since_).count();
   since_ = now;
+  span_.end();
 }
 
 }  // namespace arc_topk

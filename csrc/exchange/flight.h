@@ -2,13 +2,16 @@
 // and then on the lane's. Made once per bucket and used again every step.
 #pragma once
 
+#include <ATen/ThreadLocalState.h>
 #include <ATen/core/ivalue.h>
 
 #include <array>
 #include <chrono>
+#include <optional>
 #include <string>
 
 #include "exchange/exchange.h"
+#include "exchange/span.h"
 
 namespace arc_topk {
 
@@ -21,15 +24,15 @@ enum class Mode : uint8_t {
 
 class Flight final : public Step, public Lane::Job {
  public:
-  Flight(Exchange& exchange, BucketState& state) : exchange_(exchange), state_(state) {}
+  Flight(Exchange& exchange, BucketState& state);
 
   // On the calling thread: all that can be done before the bucket's turn.
   void prepare(int64_t index);
-  // In the bucket's turn, with collectives of `group`. The averaged bucket. Throws what went wrong
-  // with its place: rank, bucket, phase, first parameter.
-  at::Tensor finish(c10d::ProcessGroup& group);
-  // The lane's call of finish(), into the future.
+  // In the bucket's turn: the rest, into the future. With streams and without a lane, all of it is
+  // only queued.
   void run() noexcept override;
+  // The whole step on the calling thread and its current stream. The averaged bucket.
+  at::Tensor run_here(c10d::ProcessGroup& group);
 
   // Whether the step is one all-reduce in place and nothing else.
   bool only_averages() const { return mode_ == Mode::kAverage; }
@@ -39,20 +42,22 @@ class Flight final : public Step, public Lane::Job {
 
   const Plan& plan() const override { return state_.plan; }
   const Bucket& bucket() const override { return state_.bucket; }
-  const Kernels& kernels() const override { return *state_.kernels; }
+  const Kernels& kernels() const override { return *state_.backend.kernels; }
   uint64_t seed() const override { return exchange_.config_.seed; }
   uint64_t number() const override { return number_; }
   Projection projection() override { return exchange_.projection(number_, state_); }
   void all_reduce_first(Phase phase) override { all_reduce(state_.first, phase); }
   void all_reduce_second(Phase phase) override { all_reduce(state_.second, phase); }
   void average_gradient(Phase phase) override;
-  const void* all_gather_message(Phase phase) override;
-  const void* message() const override { return state_.message[0].const_data_ptr(); }
-  int64_t message_bytes() const override { return state_.message[0].numel(); }
+  Gathered all_gather_message(Phase phase) override;
   void enter(Phase phase) override;
 
  private:
+  void begin(int64_t index);
   Mode choose_mode() const;
+  void fill_payload();
+  // Throws what went wrong with its place: rank, bucket, phase, first parameter.
+  at::Tensor finish(c10d::ProcessGroup& group);
   void all_reduce(std::vector<at::Tensor>& payload, Phase phase);
   void count_all_reduce(int64_t bytes);
   void count_collective(int64_t wire_bytes, double link_bytes);
@@ -73,6 +78,11 @@ class Flight final : public Step, public Lane::Job {
   Mode mode_ = Mode::kCompress;
   int threads_ = 0;  // the preparing thread's; a new thread would start with its own default
 
+  std::optional<Turn> turn_;  // where the device has streams
+  // The caller's, while somebody profiles: the lane's thread then shows up as well.
+  std::optional<at::ThreadLocalState> profiled_;
+
+  Span span_;
   Phase phase_ = Phase::kPrepare;
   std::chrono::steady_clock::time_point since_;
   Metrics metrics_;  // of this step, added to the exchange's at its end

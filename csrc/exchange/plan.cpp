@@ -8,21 +8,7 @@
 namespace arc_topk {
 namespace {
 
-// Elements a piece of work should have: long enough to hide the cost of handing it out, short
-// enough that every thread gets some of every bucket and a piece's arrays stay in the L2 cache.
-constexpr int64_t kPieceNumel = 32768;
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-void cut_into_pieces(Plan& plan) {
-  for (size_t i = 0; i < plan.segments.size(); ++i) {
-    const Segment& s = plan.segments[i];
-    const int64_t rows = std::max<int64_t>(1, kPieceNumel / std::max<int64_t>(1, s.cols));
-    for (int64_t row = 0; row < s.rows; row += rows) {
-      plan.pieces.push_back({static_cast<int64_t>(i), row, std::min(row + rows, s.rows)});
-    }
-  }
-}
 
 std::string why_dense(const Config& config, const Compressor& compressor, const Shape& shape,
                       const Matrix& matrix, double link_cost) {
@@ -48,6 +34,25 @@ int64_t state_bytes(const Config& config, const Compressor& compressor, const Ty
 }
 
 }  // namespace
+
+std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain grain) {
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const Segment& s = segments[i];
+    const int64_t rows = std::max<int64_t>(1, grain.numel / std::max<int64_t>(1, s.cols));
+    // A long row is cut into equal parts, all but the last a multiple of 64 elements long.
+    const int64_t parts =
+        grain.splits_rows ? divide_up(std::max<int64_t>(1, s.cols), grain.numel) : 1;
+    const int64_t cols = parts == 1 ? s.cols : divide_up(divide_up(s.cols, parts), 64) * 64;
+    for (int64_t row = 0; row < s.rows; row += rows) {
+      for (int64_t col = 0; col < s.cols; col += cols) {
+        pieces.push_back({static_cast<int64_t>(i), row, std::min(row + rows, s.rows), col,
+                          std::min(col + cols, s.cols)});
+      }
+    }
+  }
+  return pieces;
+}
 
 int64_t kept_rows(double ratio, int64_t rows) {
   // The product may land a hair above the integer that was meant: 0.07 * 100 is 7.000000000000001.
@@ -118,7 +123,6 @@ Plan make_plan(const Config& config, const Compressor& compressor, DType gradien
     plan.segments.push_back(s);
   }
   plan.in_place = plan.dense && plan.types.dense == plan.types.gradient;
-  cut_into_pieces(plan);
   (plan.dense ? dense() : compressor).lay_out(plan, config);
   return plan;
 }

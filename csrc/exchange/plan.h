@@ -51,7 +51,6 @@ int64_t kept_rows(double ratio, int64_t rows);
 struct Plan {
   Types types;
   std::vector<Segment> segments;
-  std::vector<Piece> pieces;
   int64_t numel = 0;
   int64_t max_cols = 0;  // of the compressed tensors: rows of V needed
   bool dense = true;     // no tensor is compressed
@@ -69,6 +68,9 @@ struct Plan {
   int64_t wire_bytes = 0;   // handed to the collectives, a rank and step
   int64_t dense_bytes = 0;  // what averaging without compression would hand over
 };
+// The work on these segments in pieces as a device wants them.
+std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain grain);
+
 Plan make_plan(const Config& config, const Compressor& compressor, DType gradient,
                const std::vector<Shape>& shapes, int world_size);
 

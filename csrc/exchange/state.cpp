@@ -1,6 +1,7 @@
 #include "exchange/state.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
@@ -9,12 +10,6 @@
 
 namespace arc_topk {
 namespace {
-
-const Kernels& kernels_for(c10::Device device) {
-  if (device.is_cpu()) return cpu_kernels();
-  throw std::invalid_argument("arc_topk: the gradient is on device '" + device.str() +
-                              "', but this build has kernels for 'cpu' only");
-}
 
 at::Tensor uninitialised(int64_t numel, at::ScalarType type, c10::Device device) {
   return numel == 0 ? at::Tensor()
@@ -99,13 +94,29 @@ void allocate_message(BucketState& s, int world_size, c10::Device device) {
 void allocate_scratch(BucketState& s, c10::Device device) {
   const auto segments = static_cast<int64_t>(s.plan.segments.size());
   const bool wide = s.plan.types.work() == DType::kF64;
+  const auto zeros = [&](int64_t numel, at::ScalarType type) {
+    return at::zeros({numel}, at::TensorOptions().dtype(type).device(device));
+  };
   s.keys = uninitialised(s.plan.num_keys, wide ? at::kLong : at::kInt, device);
-  s.marks = at::zeros({3 * segments}, at::TensorOptions().dtype(at::kByte).device(device));
+  s.marks = zeros(3 * segments, at::kByte);
+  s.energy = zeros(2, at::kDouble);
   auto* marks = static_cast<uint8_t*>(data_of(s.marks));
   s.bucket.keys = data_of(s.keys);
   s.bucket.used = marks;
   s.bucket.bad = marks + segments;
   s.bucket.outcome = reinterpret_cast<Outcome*>(marks + 2 * segments);
+  s.bucket.energy = static_cast<Energy*>(data_of(s.energy));
+  s.scratch = zeros(s.backend.kernels->scratch_bytes(s.bucket), at::kByte);
+  s.bucket.scratch = data_of(s.scratch);
+}
+
+// A copy of a table in the device's memory, for kernels to read.
+template <class T>
+const T* upload(const std::vector<T>& table, at::Tensor& copy, c10::Device device) {
+  if (device.is_cpu()) return table.data();
+  const auto bytes = static_cast<int64_t>(table.size() * sizeof(T));
+  copy = at::from_blob(const_cast<T*>(table.data()), {bytes}, at::kByte).to(device);
+  return static_cast<const T*>(copy.const_data_ptr());
 }
 
 void check(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters,
@@ -209,11 +220,13 @@ std::unique_ptr<BucketState> StateStore::make(const std::vector<at::Tensor>& par
 
   auto s = std::make_unique<BucketState>();
   const c10::Device device = buffer.device();
-  s->kernels = &kernels_for(device);
+  s->backend = backend_for(device);
   s->parameters = parameters;
   s->plan = make_plan(config_, compressor_, dtype_of(buffer.scalar_type()), shapes, world_size_);
+  s->pieces = cut_into_pieces(s->plan.segments, s->backend.kernels->grain());
   s->compressor = s->plan.dense ? &dense() : &compressor_;
   check(buffer, parameters, s->plan.numel);
+  describe(*s);
 
   allocate_arenas(*s, config_.feedback, device);
   if (s->compressor->gathers()) {
@@ -222,25 +235,48 @@ std::unique_ptr<BucketState> StateStore::make(const std::vector<at::Tensor>& par
     allocate_payloads(*s, device);
   }
   allocate_scratch(*s, device);
+  s->bucket.own_a = data_of(s->own_a);
+  s->bucket.own_b = data_of(s->own_b);
+  s->bucket.shared = data_of(s->shared);
+  s->bucket.segments = upload(s->plan.segments, s->segment_table, device);
+  s->bucket.pieces = upload(s->pieces, s->piece_table, device);
+  return s;
+}
 
-  Bucket& b = s->bucket;
-  b.segments = s->plan.segments.data();
-  b.num_segments = static_cast<int64_t>(s->plan.segments.size());
-  b.pieces = s->plan.pieces.data();
-  b.num_pieces = static_cast<int64_t>(s->plan.pieces.size());
-  b.numel = s->plan.numel;
-  b.gradient_type = s->plan.types.gradient;
-  b.state_type = s->plan.types.state;
-  b.wire_type = s->plan.types.wire;
+// All that kernels are told but for where things lie.
+void StateStore::describe(BucketState& s) const {
+  Bucket& b = s.bucket;
+  b.segments = s.plan.segments.data();
+  b.num_segments = static_cast<int64_t>(s.plan.segments.size());
+  b.pieces = s.pieces.data();
+  b.num_pieces = static_cast<int64_t>(s.pieces.size());
+  b.numel = s.plan.numel;
+  b.gradient_type = s.plan.types.gradient;
+  b.state_type = s.plan.types.state;
+  b.wire_type = s.plan.types.wire;
   b.feedback = config_.feedback;
   b.eta = config_.eta;
   b.sketch_dim = config_.sketch_dim;
-  b.own_a = data_of(s->own_a);
-  b.own_b = data_of(s->own_b);
-  b.shared = data_of(s->shared);
   b.world_size = world_size_;
-  b.wire_scale = wire_scale(b.wire_type, *s->compressor, world_size_);
-  return s;
+  b.wire_scale = wire_scale(b.wire_type, *s.compressor, world_size_);
+}
+
+Energy StateStore::device_energy() const {
+  Energy sum{0, 0};
+  for (const auto& [bucket, owned] : buckets_) {
+    if (bucket->energy.is_cpu()) continue;  // its steps are counted as they end
+    const at::Tensor here = bucket->energy.cpu();
+    const auto* energy = static_cast<const Energy*>(here.const_data_ptr());
+    sum.captured += energy->captured;
+    sum.total += energy->total;
+  }
+  return sum;
+}
+
+void StateStore::reset_device_energy() {
+  for (auto& [bucket, owned] : buckets_) {
+    if (!owned->energy.is_cpu()) owned->energy.zero_();
+  }
 }
 
 void StateStore::move_in(BucketState& bucket) {
@@ -266,7 +302,10 @@ void StateStore::move_in(BucketState& bucket) {
         bucket.compressed = old.compressed;
       }
       started = old.started;
-      if (--old.parameters_here == 0) buckets_.erase(&old);
+      if (--old.parameters_here == 0) {
+        bucket.energy.add_(old.energy);
+        buckets_.erase(&old);
+      }
     }
     // A dense step starts all of them again where one of them has not started: nothing is lost by
     // it.

@@ -15,6 +15,7 @@
 
 #include "compress/compressor.h"
 #include "config.h"
+#include "exchange/backend.h"
 #include "exchange/plan.h"
 
 namespace arc_topk {
@@ -29,7 +30,8 @@ struct BucketState {
   std::vector<at::Tensor> parameters;  // the keys; held, so that no address is ever reused
   Plan plan;
   Bucket bucket{};
-  const Kernels* kernels = nullptr;
+  Backend backend{};
+  std::vector<Piece> pieces;
   const Compressor* compressor = nullptr;
 
   at::Tensor own_a, own_b, shared;
@@ -37,7 +39,9 @@ struct BucketState {
   std::vector<at::Tensor> gradient, first, second, message;
   std::vector<std::vector<at::Tensor>> gathered_parts;
   at::Tensor gathered;
-  at::Tensor keys, picks, marks;
+  at::Tensor keys, picks, marks, scratch;
+  at::Tensor energy;                      // an Energy, as two doubles
+  at::Tensor segment_table, piece_table;  // of a device with a memory of its own
 
   uint64_t exchanges = 0;   // steps so far: the count of its first parameter
   uint64_t compressed = 0;  // of those, the compressed ones
@@ -55,6 +59,11 @@ class StateStore {
   // The bucket of these parameters, whose gradients lie one after the other in `buffer`.
   BucketState& bucket_for(const std::vector<at::Tensor>& parameters, const at::Tensor& buffer);
 
+  // What device kernels have added up so far: no step of theirs is waited for by the host, so it
+  // is read only when asked for.
+  Energy device_energy() const;
+  void reset_device_energy();
+
   int64_t max_cols() const { return max_cols_; }  // the widest compressed matrix seen so far
 
  private:
@@ -67,6 +76,7 @@ class StateStore {
   BucketState* known(const std::vector<at::Tensor>& parameters) const;
   std::unique_ptr<BucketState> make(const std::vector<at::Tensor>& parameters,
                                     const at::Tensor& buffer);
+  void describe(BucketState& bucket) const;
   void move_in(BucketState& bucket);
 
   const Config config_;

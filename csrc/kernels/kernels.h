@@ -40,12 +40,21 @@ struct Segment {
   bool compressed() const { return kept > 0; }
 };
 
-// A run of rows of one segment: the unit in which work is shared out between threads or blocks.
-// About equal numbers of elements each, whatever the shapes.
+// A part of one segment: the unit in which work is shared out between threads or blocks. About
+// equal numbers of elements each, whatever the shapes. Whole rows, unless the device splits long
+// ones: then columns [col_begin, col_end) of a single row.
 struct Piece {
   int64_t segment;
   int64_t row_begin;
   int64_t row_end;
+  int64_t col_begin;
+  int64_t col_end;
+};
+
+// How a device wants its pieces.
+struct Grain {
+  int64_t numel;     // elements of a piece, about
+  bool splits_rows;  // rows of more than that go into several pieces
 };
 
 // What became of a compressed tensor in this step, the same on all ranks (read off the summed
@@ -83,11 +92,17 @@ struct Bucket {
   DType flag_type;
   int32_t* picks;  // selected rows, ascending within a segment
 
-  // Scratch.
+  // Where a step's sums go: see Energy. Kernels add to it.
+  struct Energy* energy;
+  // CUDA: the cudaStream_t that launches go to. Null on the CPU, which has worked when it returns.
+  void* stream;
+
+  // Scratch, of the device's memory like everything but the table of numbers here.
   uint8_t* used;     // a segment each: this rank's gradient has a non-zero element
   uint8_t* bad;      // a segment each: this rank's message has a non-finite element
   Outcome* outcome;  // a segment each
   void* keys;        // uint32 (uint64 for double): scores as unsigned integers of the same order
+  void* scratch;     // Kernels::scratch_bytes(), zero before the first step
 
   int world_size;
   // Wire values are X_i * wire_scale: 1, or for fp16 a power of two that keeps the sum of all ranks
@@ -101,90 +116,97 @@ struct Projection {
   int64_t stride;
 };
 
-enum class PackMode : uint8_t {
-  kPayload,  // fill the payload; the state stays as it is (the outcome is not known yet)
-  kCommit,   // the payload went out by kPayload: account for it in the state
-  kBoth,     // both in one pass over the rows
-};
-
 struct Energy {
   double captured;  // sum of squares of the averaged rows, ||C||^2
   double total;     // sum of all scores, an unbiased estimate of ||mean X||^2
 };
 
+// What rows are selected by.
+struct Keys {
+  enum Kind : uint8_t {
+    kSketch,     // ||P_j||^2, P the summed sketch divided by N. Bit-identical on every machine:
+                 // columns in order, no fused multiply-add.
+    kRandom,     // uniform 32-bit integers from (seed, step, segment's stream, row)
+    kMagnitude,  // |X_i|, for segments of one column
+  } kind;
+  uint64_t seed = 0;
+  uint64_t step = 0;
+};
+
+// The messages of all ranks after an all-gather, `stride` bytes apart from `data`. `own` is where
+// this rank's lies, for the places of flags, picks, values and dense tensors within a message.
+struct Gathered {
+  const void* own;
+  const void* data;
+  int64_t stride;
+};
+
+// A device's kernels. All are queued on Bucket::stream where a device has streams: none waits,
+// but for adopt().
 class Kernels {
  public:
   virtual ~Kernels() = default;
 
+  // --- plan -------------------------------------------------------------------------------------
+  virtual Grain grain() const = 0;
+  // Bytes of Bucket::scratch, from the numbers of the bucket (segments and pieces in host memory).
+  virtual int64_t scratch_bytes(const Bucket& b) const = 0;
+
+  // Names what follows, up to end_range(), for the device's own profiler.
+  virtual void begin_range(const char* /*name*/) const {}
+  virtual void end_range() const {}
+
   // V for one step by random.h: columns c in [0, sketch_dim), rows [begin, end), at data[c * stride
   // + row].
-  virtual void project(float* data, int64_t stride, int64_t begin, int64_t end, int64_t sketch_dim,
+  virtual void project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
                        uint64_t seed, uint64_t step) const = 0;
 
-  // --- before the first collective -------------------------------------------------------------
-  // used[] of compressed segments. Stops reading a segment at its first non-zero element, so it
-  // costs nothing for a tensor that has a gradient.
-  virtual void scan(const Bucket& b) const = 0;
-
-  // One pass over gradient and state: updates the state (feedback.prepare), sets bad[], and, given
-  // a projection, adds up the sketches into `first`. A non-finite state is never stored. A segment
-  // that is not used[] here is sketched as if prepared but its state stays: settle() decides. Dense
-  // segments are copied into their payload.
+  // --- before the first collective --------------------------------------------------------------
+  // One pass over gradient and state: updates the state (feedback.prepare), sets used[], bad[] and
+  // this rank's flags (0 unused, 1 used, infinity non-finite), sets outcome[] to normal and, given
+  // a projection, adds up the sketches into `first`. A non-finite state is never stored. The state
+  // of a segment that is not used[] here stays, though it is sketched as if prepared: whether some
+  // other rank has used it is not known yet. Dense segments are copied into their payload.
   virtual void prepare(const Bucket& b, const Projection* v) const = 0;
 
-  // This rank's flags: 0 unused, 1 used, infinity non-finite.
-  virtual void write_flags(const Bucket& b) const = 0;
+  // picks[] = the K rows of largest key of each segment, ties to the smaller row, ascending. Those
+  // of a segment whose outcome is not normal are left as they are. By kSketch only after the
+  // first payload was summed: outcome[] is then read off the flags, and energy->total += the
+  // scores of normal segments.
+  virtual void select(const Bucket& b, const Keys& keys) const = 0;
 
-  // --- between collectives ---------------------------------------------------------------------
-  // outcome[] from the flags, summed here over `copies` that lie `stride` bytes apart (1 after an
-  // all-reduce, world_size after an all-gather). `flags` need not be b.flags.
-  virtual void read_flags(const Bucket& b, const void* flags, int64_t copies,
-                          int64_t stride) const = 0;
+  // The picked rows of X_i, rounded to the wire type, into `second`. A segment that is bad[] here
+  // sends zeros. The state stays as it is: the outcome is not known yet.
+  virtual void pack(const Bucket& b) const = 0;
+  // Reads outcome[] off the flags (summed here over the messages if `gathered`) and brings own
+  // state to what it demands: prepares what prepare() held back where some other rank has used the
+  // tensor, takes back what it stored where some rank's gradient was non-finite, accounts for what
+  // pack() has sent where all is normal.
+  virtual void commit(const Bucket& b, const Gathered* gathered) const = 0;
+  // After select() by kSketch: pack() and commit() in one pass over the rows. Segments that are
+  // not normal send zeros.
+  virtual void pack_and_commit(const Bucket& b) const = 0;
 
-  // Brings own state to what the outcome demands: prepares what prepare() held back where some
-  // other rank used the tensor; takes back what it stored where some rank's gradient was
-  // non-finite.
-  virtual void settle(const Bucket& b) const = 0;
+  // --- after the last collective ----------------------------------------------------------------
+  // The summed payloads, or the mean of the messages, into the result. Feedback with a shared
+  // estimate: h += C, dense segments h = mean (EF21M: (1 - eta) h + eta mean; unchanged where the
+  // mean is zero everywhere). Others: C into `gradient`, zero outside the picked rows. A compressed
+  // segment that is non-finite fills `gradient` with NaN (no shared estimate) or leaves h alone; a
+  // dense one whose mean is non-finite gets outcome kNonFinite and leaves h alone too.
+  // energy->captured += ||C||^2 over normal compressed segments.
+  virtual void apply(const Bucket& b, const Gathered* gathered) const = 0;
+  // Only feedback with a shared estimate, after apply() or blend(): whether the result is to be
+  // taken from `gradient`, as it was put there (h, or NaN where the outcome is non-finite), rather
+  // than from h as it lies.
+  virtual bool publish(const Bucket& b) const = 0;
 
-  // keys[] = ||P_j||^2 with P the summed sketch divided by N; returns the scores' sum over normal
-  // segments. Bit-identical on every machine: columns in order, no fused multiply-add.
-  virtual double score(const Bucket& b) const = 0;
-  // keys[] uniform 32-bit integers from (seed, step, segment's stream, row).
-  virtual void randomize(const Bucket& b, uint64_t seed, uint64_t step) const = 0;
-  // keys[] = |X_i|, for segments of one column.
-  virtual void magnitudes(const Bucket& b) const = 0;
-  // picks[] = the K rows of largest key of each normal segment, ties to the smaller row, ascending.
-  virtual void select(const Bucket& b) const = 0;
-
-  // The picked rows of X_i into `second`, rounded to the wire type, and that into the state: see
-  // PackMode. A segment that is bad[] here or whose outcome is not normal sends zeros and keeps its
-  // state. In kPayload mode a segment that is not used[] sends what prepare() would have formed.
-  virtual void pack(const Bucket& b, PackMode mode) const = 0;
-
-  // --- after the last collective ---------------------------------------------------------------
-  // The summed payloads into the result. Feedback with a shared estimate: h += C, dense segments
-  // h = mean (EF21M: (1 - eta) h + eta mean; unchanged where the mean is zero everywhere). Others:
-  // C into `gradient`, zero outside the picked rows. A compressed segment that is non-finite fills
-  // `gradient` with NaN (no shared estimate) or leaves h alone; a dense one whose mean is
-  // non-finite gets outcome kNonFinite and leaves h alone too. Returns ||C||^2 over normal
-  // compressed segments.
-  virtual double apply(const Bucket& b) const = 0;
-
-  // Top-K's apply(): the mean of world_size messages that lie `stride` bytes apart from `gathered`.
-  // `message` is where this rank's own lies, for the places of first, second and picks within it.
-  virtual double apply_gathered(const Bucket& b, const void* message, const void* gathered,
-                                int64_t stride) const = 0;
-
-  // `gradient` = h for feedback with a shared estimate, NaN where the outcome is non-finite.
-  virtual void publish(const Bucket& b) const = 0;
-
-  // --- steps whose mean gradient is dense: `gradient` is averaged in place
-  // ------------------------ `gradient` /= N, to the bit as DDP does it: times 1 / N. Before its
-  // all-reduce.
+  // --- steps whose mean gradient is dense: `gradient` is averaged in place ----------------------
+  // `gradient` /= N, to the bit as DDP does it: times 1 / N. Before its all-reduce.
   virtual void divide(const Bucket& b) const = 0;
   // EF21, EF21M before the first compressed step's all-reduce: h_i = g_i, v_i - h_i = 0.
   virtual void remember(const Bucket& b) const = 0;
-  // After it: h = mean. Returns false, and leaves h alone, where an element is non-finite.
+  // After it: h = mean. Returns false, and leaves h alone, where an element is non-finite: the one
+  // place where the host waits for a device, once.
   virtual bool adopt(const Bucket& b) const = 0;
   // A bucket of dense tensors under EF21M: h = (1 - eta) h + eta mean, per segment as in apply().
   virtual void blend(const Bucket& b) const = 0;
@@ -194,5 +216,8 @@ class Kernels {
 const Kernels& cpu_kernels();
 // What it chose: "baseline", "avx2" or "avx512".
 const char* cpu_isa();
+
+// CUDA's, or null in a build without it.
+const Kernels* cuda_kernels();
 
 }  // namespace arc_topk

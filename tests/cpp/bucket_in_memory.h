@@ -140,7 +140,7 @@ class BucketInMemory {
       const auto index = static_cast<int64_t>(segments.size());
       const int64_t rows = std::max<int64_t>(1, spec.piece_numel / s.cols);
       for (int64_t row = 0; row < s.rows; row += rows) {
-        pieces.push_back({index, row, std::min(row + rows, s.rows)});
+        pieces.push_back({index, row, std::min(row + rows, s.rows), 0, s.cols});
       }
       segments.push_back(s);
     }
@@ -170,6 +170,7 @@ class BucketInMemory {
     b.bad = static_cast<uint8_t*>(bytes(b.num_segments));
     b.outcome = static_cast<Outcome*>(bytes(b.num_segments));
     b.keys = bytes(keys * (work == DType::kF64 ? 8 : 4));
+    b.energy = &energy;
     b.world_size = spec.world_size;
     b.wire_scale = spec.wire_scale;
     std::fill_n(b.used, b.num_segments, uint8_t{1});
@@ -219,6 +220,7 @@ class BucketInMemory {
   std::vector<Segment> segments;
   std::vector<Piece> pieces;
   std::vector<float> v;
+  Energy energy{0, 0};
   int64_t first_numel;
   int64_t second_numel;
 

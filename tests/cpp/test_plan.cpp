@@ -85,17 +85,25 @@ TEST(Plan, EveryElementOfThePayloadsBelongsToOneTensor) {
   }
 }
 
-TEST(Plan, PiecesCoverEveryRowOnce) {
+TEST(Plan, PiecesCoverEveryElementOnce) {
   Config config;
-  const Plan plan =
-      plan_of(config, {matrix(50000, 64), matrix(3, 100000), vector(100001), vector(0)});
-  std::vector<int64_t> next(plan.segments.size(), 0);
-  for (const Piece& piece : plan.pieces) {
-    EXPECT_EQ(piece.row_begin, next[piece.segment]);
-    EXPECT_LT(piece.row_begin, piece.row_end);
-    next[piece.segment] = piece.row_end;
+  const Plan plan = plan_of(config, {matrix(50000, 64), matrix(3, 100000), matrix(4, 100001),
+                                     matrix(100, 8193), vector(100001), vector(0)});
+  for (const Grain grain : {Grain{32768, false}, Grain{8192, true}}) {
+    std::vector<int64_t> next(plan.segments.size(), 0);  // first element not covered yet
+    for (const Piece& piece : cut_into_pieces(plan.segments, grain)) {
+      const Segment& s = plan.segments[piece.segment];
+      ASSERT_LT(piece.row_begin, piece.row_end);
+      ASSERT_LT(piece.col_begin, piece.col_end);
+      ASSERT_EQ(piece.row_begin * s.cols + piece.col_begin, next[piece.segment]);
+      const bool whole_rows = piece.col_begin == 0 && piece.col_end == s.cols;
+      ASSERT_TRUE(whole_rows || (grain.splits_rows && piece.row_end == piece.row_begin + 1));
+      next[piece.segment] = (piece.row_end - 1) * s.cols + piece.col_end;
+    }
+    for (size_t i = 0; i < next.size(); ++i) {
+      EXPECT_EQ(next[i], plan.segments[i].rows * plan.segments[i].cols);
+    }
   }
-  for (size_t i = 0; i < next.size(); ++i) EXPECT_EQ(next[i], plan.segments[i].rows);
 }
 
 TEST(Plan, WhatATensorCostsDoesNotDependOnItsBucket) {

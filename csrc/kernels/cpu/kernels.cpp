@@ -1,13 +1,15 @@
 // The CPU's kernels: what is done to a piece is in rows.cpp, here the pieces are shared out between
 // threads and the segments' marks are kept. at::parallel_for splits into equal contiguous parts.
+#include "kernels/cpu/kernels.h"
+
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "kernels/cpu/rows.h"
 #include "kernels/cpu/select.h"
 
 namespace arc_topk {
@@ -88,6 +90,15 @@ double read_flag(DType type, const void* flags, int64_t i) {
   return bits >= 0x7C00 ? std::numeric_limits<double>::infinity() : bits;
 }
 
+int64_t distance(const void* from, const void* to) {
+  return static_cast<const char*>(to) - static_cast<const char*>(from);
+}
+
+// What lies at `at` in this rank's message, in the first of the gathered ones.
+const void* moved(const void* at, const Gathered& gathered) {
+  return static_cast<const char*>(at) + distance(gathered.own, gathered.data);
+}
+
 void write_flag(DType type, void* flags, int64_t i, double value) {
   char* at = static_cast<char*>(flags) + i * size_of(type);
   const auto write = [at](auto x) { std::memcpy(at, &x, sizeof(x)); };
@@ -104,185 +115,227 @@ void write_flag(DType type, void* flags, int64_t i, double value) {
   }
 }
 
-class CpuKernels final : public Kernels {
- public:
-  explicit CpuKernels(const Rows& rows) : rows_(rows) {}
-
-  void project(float* data, int64_t stride, int64_t begin, int64_t end, int64_t sketch_dim,
-               uint64_t seed, uint64_t step) const override {
-    constexpr int64_t kGrain = 4096;
-    at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
-      rows_.project(data, stride, from, to, sketch_dim, seed, step);
-    });
-  }
-
-  void scan(const Bucket& b) const override {
-    std::fill_n(b.used, b.num_segments, uint8_t{0});
-    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
-      uint8_t& used = b.used[p.segment];
-      if (s.compressed() && !is_marked(used) && rows_.has_nonzero(b, p)) mark(used);
-    });
-  }
-
-  void prepare(const Bucket& b, const Projection* v) const override {
-    std::fill_n(b.bad, b.num_segments, uint8_t{0});
-    std::fill_n(b.outcome, b.num_segments, Outcome::kNormal);
-    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
-      if (!s.compressed()) return rows_.copy_dense(b, p);
-      if (!rows_.prepare(b, p, v, b.used[p.segment])) mark(b.bad[p.segment]);
-    });
-  }
-
-  void write_flags(const Bucket& b) const override {
-    for (int64_t i = 0; i < b.num_segments; ++i) {
-      if (!b.segments[i].compressed()) continue;
-      const double used = b.used[i] ? 1 : 0;
-      write_flag(b.flag_type, b.flags, b.segments[i].flag,
-                 b.bad[i] ? std::numeric_limits<double>::infinity() : used);
-    }
-  }
-
-  void read_flags(const Bucket& b, const void* flags, int64_t copies,
-                  int64_t stride) const override {
-    for (int64_t i = 0; i < b.num_segments; ++i) {
-      if (!b.segments[i].compressed()) continue;
-      double sum = 0;
-      for (int64_t copy = 0; copy < copies; ++copy) {
-        sum += read_flag(b.flag_type, static_cast<const char*>(flags) + copy * stride,
-                         b.segments[i].flag);
-      }
-      b.outcome[i] = !std::isfinite(sum) ? Outcome::kNonFinite
-                     : sum == 0          ? Outcome::kUnused
-                                         : Outcome::kNormal;
-    }
-  }
-
-  void settle(const Bucket& b) const override {
-    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
-      if (!s.compressed()) return;
-      const bool stored = b.used[p.segment];
-      const Outcome outcome = b.outcome[p.segment];
-      if (!stored && outcome == Outcome::kNormal) rows_.prepare(b, p, nullptr, true);
-      if (stored && outcome == Outcome::kNonFinite) rows_.undo(b, p);
-    });
-  }
-
-  double score(const Bucket& b) const override {
-    return sum_over_pieces(b, [&](const Piece& p, const Segment& s) {
-      const bool scored = s.compressed() && b.outcome[p.segment] == Outcome::kNormal;
-      return scored ? rows_.score(b, p) : 0;
-    });
-  }
-
-  void randomize(const Bucket& b, uint64_t seed, uint64_t step) const override {
-    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
-      if (s.compressed()) rows_.randomize(b, p, seed, step);
-    });
-  }
-
-  void magnitudes(const Bucket& b) const override {
-    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
-      if (s.compressed()) rows_.magnitudes(b, p);
-    });
-  }
-
-  void select(const Bucket& b) const override {
-    at::parallel_for(0, b.num_segments, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Segment& s = b.segments[i];
-        if (!s.compressed() || b.outcome[i] != Outcome::kNormal) continue;
-        if (b.gradient_type == DType::kF64) {
-          select_largest(static_cast<const uint64_t*>(b.keys) + s.key, s.rows, s.kept,
-                         b.picks + s.pick);
-        } else {
-          select_largest(static_cast<const uint32_t*>(b.keys) + s.key, s.rows, s.kept,
-                         b.picks + s.pick);
-        }
-      }
-    });
-  }
-
-  void pack(const Bucket& b, PackMode mode) const override {
-    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
-      if (s.compressed()) rows_.pack(b, p, mode);
-    });
-  }
-
-  double apply(const Bucket& b) const override {
-    if (shares_estimate(b.feedback)) mark_dense(b, 0, 1, 0);
-    return sum_over_pieces(b, [&](const Piece& p, const Segment& s) {
-      if (s.compressed()) return rows_.apply(b, p);
-      rows_.apply_dense(b, p, 0, 1, 0);
-      return 0.0;
-    });
-  }
-
-  double apply_gathered(const Bucket& b, const void* message, const void* gathered,
-                        int64_t stride) const override {
-    const int64_t shift = static_cast<const char*>(gathered) - static_cast<const char*>(message);
-    if (shares_estimate(b.feedback)) mark_dense(b, shift, b.world_size, stride);
-    return sum_over_pieces(b, [&](const Piece& p, const Segment& s) {
-      if (s.compressed()) return rows_.apply_gathered(b, p, message, gathered, stride);
-      rows_.apply_dense(b, p, shift, b.world_size, stride);
-      return 0.0;
-    });
-  }
-
-  void publish(const Bucket& b) const override {
-    for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.publish(b, p); });
-  }
-
-  void remember(const Bucket& b) const override {
-    for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.remember(b, p); });
-  }
-
-  bool adopt(const Bucket& b) const override {
-    uint8_t nonfinite = 0;
-    for_pieces(b, [&](const Piece& p, const Segment&, int64_t) {
-      if (!is_marked(nonfinite) && rows_.mark_dense(b, p, 0, 0, 0).nonfinite) mark(nonfinite);
-    });
-    if (nonfinite) return false;
-    for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.adopt(b, p); });
-    return true;
-  }
-
-  void divide(const Bucket& b) const override {
-    for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.divide(b, p); });
-  }
-
-  void blend(const Bucket& b) const override {
-    mark_dense(b, 0, 0, 0);
-    for_pieces(b,
-               [&](const Piece& p, const Segment&, int64_t) { rows_.apply_dense(b, p, 0, 0, 0); });
-  }
-
- private:
-  // The outcome of dense segments, from their means. used[] and bad[] are free for it: of a dense
-  // segment they mean nothing else.
-  void mark_dense(const Bucket& b, int64_t shift, int64_t copies, int64_t stride) const {
-    for (int64_t i = 0; i < b.num_segments; ++i) {
-      if (!b.segments[i].compressed()) b.used[i] = b.bad[i] = 0;
-    }
-    for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
-      if (s.compressed()) return;
-      const Marks marks = rows_.mark_dense(b, p, shift, copies, stride);
-      if (marks.nonzero) mark(b.used[p.segment]);
-      if (marks.nonfinite) mark(b.bad[p.segment]);
-    });
-    for (int64_t i = 0; i < b.num_segments; ++i) {
-      if (b.segments[i].compressed()) continue;
-      b.outcome[i] = b.bad[i]    ? Outcome::kNonFinite
-                     : b.used[i] ? Outcome::kNormal
-                                 : Outcome::kUnused;
-    }
-  }
-
-  const Rows& rows_;
-};
-
 }  // namespace
 
-const Kernels& kernels_with(const Rows& table) {
+// Long enough to hide the cost of handing a piece out, short enough that every thread gets some of
+// every bucket and a piece's arrays stay in the L2 cache. A row is one thread's.
+Grain CpuKernels::grain() const { return {32768, false}; }
+
+void CpuKernels::project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
+                         uint64_t seed, uint64_t step) const {
+  constexpr int64_t kGrain = 4096;
+  at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
+    rows_.project(data, stride, from, to, b.sketch_dim, seed, step);
+  });
+}
+
+void CpuKernels::prepare(const Bucket& b, const Projection* v) const {
+  scan(b);
+  update(b, v);
+  write_flags(b);
+}
+
+void CpuKernels::select(const Bucket& b, const Keys& keys) const {
+  switch (keys.kind) {
+    case Keys::kSketch:
+      read_flags(b, b.flags, 1, 0);
+      b.energy->total += score(b);
+      break;
+    case Keys::kRandom:
+      randomize(b, keys.seed, keys.step);
+      break;
+    case Keys::kMagnitude:
+      magnitudes(b);
+      break;
+  }
+  pick(b);
+}
+
+void CpuKernels::pack(const Bucket& b) const { pack(b, PackMode::kPayload); }
+
+void CpuKernels::commit(const Bucket& b, const Gathered* gathered) const {
+  if (gathered == nullptr) {
+    read_flags(b, b.flags, 1, 0);
+  } else {
+    const void* flags = moved(b.flags, *gathered);
+    read_flags(b, flags, b.world_size, gathered->stride);
+  }
+  settle(b);
+  pack(b, PackMode::kCommit);
+}
+
+void CpuKernels::pack_and_commit(const Bucket& b) const {
+  settle(b);
+  pack(b, PackMode::kBoth);
+}
+
+void CpuKernels::apply(const Bucket& b, const Gathered* gathered) const {
+  b.energy->captured += gathered == nullptr ? apply_reduced(b) : apply_gathered(b, *gathered);
+}
+
+void CpuKernels::scan(const Bucket& b) const {
+  std::fill_n(b.used, b.num_segments, uint8_t{0});
+  for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+    uint8_t& used = b.used[p.segment];
+    if (s.compressed() && !is_marked(used) && rows_.has_nonzero(b, p)) mark(used);
+  });
+}
+
+void CpuKernels::update(const Bucket& b, const Projection* v) const {
+  std::fill_n(b.bad, b.num_segments, uint8_t{0});
+  std::fill_n(b.outcome, b.num_segments, Outcome::kNormal);
+  for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+    if (!s.compressed()) return rows_.copy_dense(b, p);
+    if (!rows_.prepare(b, p, v, b.used[p.segment])) mark(b.bad[p.segment]);
+  });
+}
+
+void CpuKernels::write_flags(const Bucket& b) const {
+  for (int64_t i = 0; i < b.num_segments; ++i) {
+    if (!b.segments[i].compressed()) continue;
+    const double used = b.used[i] ? 1 : 0;
+    write_flag(b.flag_type, b.flags, b.segments[i].flag,
+               b.bad[i] ? std::numeric_limits<double>::infinity() : used);
+  }
+}
+
+void CpuKernels::read_flags(const Bucket& b, const void* flags, int64_t copies,
+                            int64_t stride) const {
+  for (int64_t i = 0; i < b.num_segments; ++i) {
+    if (!b.segments[i].compressed()) continue;
+    double sum = 0;
+    for (int64_t copy = 0; copy < copies; ++copy) {
+      sum += read_flag(b.flag_type, static_cast<const char*>(flags) + copy * stride,
+                       b.segments[i].flag);
+    }
+    b.outcome[i] = !std::isfinite(sum) ? Outcome::kNonFinite
+                   : sum == 0          ? Outcome::kUnused
+                                       : Outcome::kNormal;
+  }
+}
+
+void CpuKernels::settle(const Bucket& b) const {
+  for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+    if (!s.compressed()) return;
+    const bool stored = b.used[p.segment];
+    const Outcome outcome = b.outcome[p.segment];
+    if (!stored && outcome == Outcome::kNormal) rows_.prepare(b, p, nullptr, true);
+    if (stored && outcome == Outcome::kNonFinite) rows_.undo(b, p);
+  });
+}
+
+double CpuKernels::score(const Bucket& b) const {
+  return sum_over_pieces(b, [&](const Piece& p, const Segment& s) {
+    const bool scored = s.compressed() && b.outcome[p.segment] == Outcome::kNormal;
+    return scored ? rows_.score(b, p) : 0;
+  });
+}
+
+void CpuKernels::randomize(const Bucket& b, uint64_t seed, uint64_t step) const {
+  for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+    if (s.compressed()) rows_.randomize(b, p, seed, step);
+  });
+}
+
+void CpuKernels::magnitudes(const Bucket& b) const {
+  for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+    if (s.compressed()) rows_.magnitudes(b, p);
+  });
+}
+
+void CpuKernels::pick(const Bucket& b) const {
+  at::parallel_for(0, b.num_segments, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Segment& s = b.segments[i];
+      if (!s.compressed() || b.outcome[i] != Outcome::kNormal) continue;
+      if (b.gradient_type == DType::kF64) {
+        select_largest(static_cast<const uint64_t*>(b.keys) + s.key, s.rows, s.kept,
+                       b.picks + s.pick);
+      } else {
+        select_largest(static_cast<const uint32_t*>(b.keys) + s.key, s.rows, s.kept,
+                       b.picks + s.pick);
+      }
+    }
+  });
+}
+
+void CpuKernels::pack(const Bucket& b, PackMode mode) const {
+  for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+    if (s.compressed()) rows_.pack(b, p, mode);
+  });
+}
+
+double CpuKernels::apply_reduced(const Bucket& b) const {
+  if (shares_estimate(b.feedback)) mark_dense(b, 0, 1, 0);
+  return sum_over_pieces(b, [&](const Piece& p, const Segment& s) {
+    if (s.compressed()) return rows_.apply(b, p);
+    rows_.apply_dense(b, p, 0, 1, 0);
+    return 0.0;
+  });
+}
+
+double CpuKernels::apply_gathered(const Bucket& b, const Gathered& gathered) const {
+  const int64_t shift = distance(gathered.own, gathered.data);
+  if (shares_estimate(b.feedback)) mark_dense(b, shift, b.world_size, gathered.stride);
+  return sum_over_pieces(b, [&](const Piece& p, const Segment& s) {
+    if (s.compressed())
+      return rows_.apply_gathered(b, p, gathered.own, gathered.data, gathered.stride);
+    rows_.apply_dense(b, p, shift, b.world_size, gathered.stride);
+    return 0.0;
+  });
+}
+
+// The shared estimate lies in bucket order and is what DDP is to get: handing out its arena saves
+// the pass that would copy it. Not where its type differs from the bucket's, which DDP relies on,
+// or where a tensor's result is NaN and its estimate is not.
+bool CpuKernels::publish(const Bucket& b) const {
+  const bool finite = std::none_of(b.outcome, b.outcome + b.num_segments,
+                                   [](Outcome o) { return o == Outcome::kNonFinite; });
+  if (finite && b.state_type == b.gradient_type) return false;
+  for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.publish(b, p); });
+  return true;
+}
+
+void CpuKernels::remember(const Bucket& b) const {
+  for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.remember(b, p); });
+}
+
+bool CpuKernels::adopt(const Bucket& b) const {
+  uint8_t nonfinite = 0;
+  for_pieces(b, [&](const Piece& p, const Segment&, int64_t) {
+    if (!is_marked(nonfinite) && rows_.mark_dense(b, p, 0, 0, 0).nonfinite) mark(nonfinite);
+  });
+  if (nonfinite) return false;
+  for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.adopt(b, p); });
+  return true;
+}
+
+void CpuKernels::divide(const Bucket& b) const {
+  for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.divide(b, p); });
+}
+
+void CpuKernels::blend(const Bucket& b) const {
+  mark_dense(b, 0, 0, 0);
+  for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.apply_dense(b, p, 0, 0, 0); });
+}
+
+void CpuKernels::mark_dense(const Bucket& b, int64_t shift, int64_t copies, int64_t stride) const {
+  for (int64_t i = 0; i < b.num_segments; ++i) {
+    if (!b.segments[i].compressed()) b.used[i] = b.bad[i] = 0;
+  }
+  for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+    if (s.compressed()) return;
+    const Marks marks = rows_.mark_dense(b, p, shift, copies, stride);
+    if (marks.nonzero) mark(b.used[p.segment]);
+    if (marks.nonfinite) mark(b.bad[p.segment]);
+  });
+  for (int64_t i = 0; i < b.num_segments; ++i) {
+    if (b.segments[i].compressed()) continue;
+    b.outcome[i] = b.bad[i] ? Outcome::kNonFinite : b.used[i] ? Outcome::kNormal : Outcome::kUnused;
+  }
+}
+
+const CpuKernels& kernels_with(const Rows& table) {
   static const CpuKernels baseline(baseline::rows);
 #if defined(__x86_64__)
   static const CpuKernels avx2(avx2::rows);

@@ -13,6 +13,12 @@ struct Marks {
   bool nonfinite;
 };
 
+enum class PackMode : uint8_t {
+  kPayload,  // fill the payload; the state stays as it is (the outcome is not known yet)
+  kCommit,   // the payload went out by kPayload: account for it in the state
+  kBoth,     // both in one pass over the rows
+};
+
 struct Rows {
   const char* isa;
 
@@ -50,8 +56,5 @@ struct Rows {
 // The tables that this machine can run, the best one last; and how many.
 constexpr int kMaxTables = 3;
 int tables(const Rows* (&found)[kMaxTables]);
-
-// The CPU's kernels by one table: for tests. cpu_kernels() takes the last.
-const Kernels& kernels_with(const Rows& table);
 
 }  // namespace arc_topk::cpu

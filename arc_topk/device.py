@@ -1,0 +1,18 @@
+"""Which devices this build serves."""
+
+from __future__ import annotations
+
+import torch
+
+from arc_topk import _C
+
+
+def unservable(what: str, device: torch.device) -> ValueError | None:
+    """Why a tensor of this device cannot be served, if it cannot."""
+    served = ("cpu", "cuda") if _C.has_cuda() else ("cpu",)
+    if device.type in served:
+        return None
+    reason = "" if _C.has_cuda() else ": this build has no CUDA kernels, it was made without nvcc"
+    return ValueError(
+        f"{what} is on device '{device}'; expected {' or '.join(map(repr, served))}{reason}"
+    )

@@ -1,0 +1,75 @@
+// How buckets are queued on a device that works asynchronously (CUDA): nothing here waits on the
+// host. One stream prepares, another communicates, and events order them, so that a bucket's
+// prepare runs beside the collectives of the one before it, and both beside the backward pass.
+//
+// Written over c10's generic streams: no CUDA header, and a recording fake can stand in for them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+namespace arc_topk {
+
+// The events of one bucket, used again every step.
+struct Turn {
+  explicit Turn(c10::DeviceType type) : ready(type), prepared(type), done(type) {}
+  c10::Event ready;     // the gradient is there
+  c10::Event prepared;  // the first payload is filled
+  c10::Event done;      // the step's last kernel has run: payloads and state are free again
+};
+
+class Streams {
+ public:
+  explicit Streams(c10::Device device)
+      : device_(device),
+        guard_(device.type()),
+        prepare_(guard_.getStreamFromGlobalPool(device, /*isHighPriority=*/true)),
+        communicate_(guard_.getStreamFromGlobalPool(device, /*isHighPriority=*/true)) {}
+
+  c10::Device device() const { return device_; }
+
+  // f(stream) with the prepare stream current, behind all that the caller's stream holds and behind
+  // the bucket's step before.
+  template <class F>
+  void prepare(Turn& turn, F&& f) {
+    turn.ready.record(guard_.getStream(device_));
+    const c10::StreamGuard current(prepare_);
+    turn.ready.block(prepare_);
+    turn.done.block(prepare_);  // of no effect before its first record
+    f(prepare_.native_handle());
+    turn.prepared.record(prepare_);
+  }
+
+  // f(stream) with the communicate stream current, behind the bucket's prepare and all buckets that
+  // communicated before.
+  template <class F>
+  void communicate(Turn& turn, F&& f) {
+    const c10::StreamGuard current(communicate_);
+    turn.prepared.block(communicate_);
+    f(communicate_.native_handle());
+    turn.done.record(communicate_);
+  }
+
+  // f(stream) with the caller's stream.
+  template <class F>
+  auto here(F&& f) {
+    return f(guard_.getStream(device_).native_handle());
+  }
+
+  // Tells the allocator that memory of the caller's is used on these streams as well: it is not
+  // given to anybody else before they are through with it.
+  void use(const at::Tensor& tensor) {
+    guard_.recordDataPtrOnStream(tensor.storage().data_ptr(), prepare_);
+    guard_.recordDataPtrOnStream(tensor.storage().data_ptr(), communicate_);
+  }
+
+ private:
+  const c10::Device device_;
+  const c10::impl::VirtualGuardImpl guard_;
+  const c10::Stream prepare_;
+  const c10::Stream communicate_;
+};
+
+}  // namespace arc_topk
