@@ -109,10 +109,13 @@ void Flight::run() noexcept {
     c10d::ProcessGroup& group = on_lane ? *exchange_.lane_group_ : *exchange_.group_;
     Streams* streams = exchange_.streams_of(state_);
     if (streams == nullptr) return future->markCompleted(finish(group));
-    streams->communicate(*turn_, [&](void* stream) {
+    const auto rest = [&](void* stream) {
       state_.bucket.stream = stream;
-      future->markCompleted(finish(group));  // records this stream: whoever waits, waits for it
-    });
+      return finish(group);
+    };
+    // The future remembers the stream that is current now: whoever waits for it waits for that.
+    streams->communicate(*turn_, rest,
+                         [&](at::Tensor averaged) { future->markCompleted(std::move(averaged)); });
   } catch (const std::exception&) {
     if (!future->completed()) future->setError(std::current_exception());
   }

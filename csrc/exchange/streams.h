@@ -10,6 +10,8 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <utility>
+
 namespace arc_topk {
 
 // The events of one bucket, used again every step.
@@ -42,14 +44,15 @@ class Streams {
     turn.prepared.record(prepare_);
   }
 
-  // f(stream) with the communicate stream current, behind the bucket's prepare and all buckets that
-  // communicated before.
-  template <class F>
-  void communicate(Turn& turn, F&& f) {
+  // complete(f(stream)) with the communicate stream current, behind the bucket's prepare and all
+  // buckets that communicated before.
+  template <class F, class Complete>
+  void communicate(Turn& turn, F&& f, Complete&& complete) {
     const c10::StreamGuard current(communicate_);
     turn.prepared.block(communicate_);
-    f(communicate_.native_handle());
-    turn.done.record(communicate_);
+    auto value = f(communicate_.native_handle());
+    turn.done.record(communicate_);  // before anybody can begin the bucket's next step
+    complete(std::move(value));
   }
 
   // f(stream) with the caller's stream.
