@@ -69,3 +69,6 @@ def describe(
 
 def cpu_isa() -> str:
     """The instruction set the CPU kernels run with: "baseline", "avx2" or "avx512"."""
+
+def build_info() -> dict[str, Any]:
+    """`arc_topk.build_info` without "version" and "cpu_isa"."""

@@ -195,4 +195,7 @@ const Kernels& cpu_kernels();
 // What it chose: "baseline", "avx2" or "avx512".
 const char* cpu_isa();
 
+// CUDA's, or null in a build without it.
+const Kernels* cuda_kernels();
+
 }  // namespace arc_topk
