@@ -4,10 +4,11 @@ The build folder is build/<ABI>-torch-<version>-<hash of sys.prefix>, so that sw
 interpreters or torch versions rebuilds nothing that was built before. Environment variables choose;
 what they chose stays in the build folder until they choose otherwise:
 
-    ARC_TOPK_CUDA=0          no CUDA kernels; 1: an error where nvcc is missing; else: where it is found
-    ARC_TOPK_CUDA_ARCHS      GPUs to compile for: "90", "80;90+PTX" (PTX: newer GPUs too)
-    TORCH_CUDA_ARCH_LIST     the same, where the former is not set: "8.0 9.0+PTX"
-    CUDACXX, CUDA_HOME, CUDA_PATH    where nvcc is; else: PATH, /usr/local/cuda, PyPI's nvidia-cuda-nvcc
+    ARC_TOPK_CUDA=0         no CUDA kernels; 1: it is an error if nvcc is missing
+    ARC_TOPK_CUDA_ARCHS     GPUs to compile for: "90", "80;90+PTX" (PTX: newer GPUs too)
+    TORCH_CUDA_ARCH_LIST    the same, where the former is not set: "8.0 9.0+PTX"
+    CUDACXX, CUDA_HOME, CUDA_PATH
+                            where nvcc is; else PATH, /usr/local/cuda, PyPI's nvidia-cuda-nvcc
 
 Two are for the Makefile: ARC_TOPK_TESTS ("required", "optional") adds the C++ tests, and
 ARC_TOPK_WERROR=1 makes warnings errors.
@@ -160,7 +161,7 @@ def cuda_choices(kept: dict[str, str]) -> list[str]:
         if choice == "1":
             fail(
                 "ARC_TOPK_CUDA is 1, but no nvcc is found: install the CUDA toolkit, or "
-                "`pip install nvidia-cuda-nvcc` of the version of torch.version.cuda; or set CUDACXX"
+                'PyPI\'s (README.md, "CUDA"), or say where it is with CUDACXX'
             )
         return [*arguments, "-UCMAKE_CUDA_COMPILER"]
     if nvcc != kept.get("CMAKE_CUDA_COMPILER"):

@@ -2,8 +2,8 @@
 
 Every step runs, whatever became of those before it. A step that this machine cannot do is "not
 done", with the reason; the exit status is 0 only if every step was done and passed. The result is
-a table (gpu-check.md) and JSON (gpu-check.json) in the folder that OUT names (build/gpu-check), with
-a log of each step beside them.
+a table (gpu-check.md) and JSON (gpu-check.json) in the folder that OUT names (build/gpu-check),
+with a log of each step beside them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def sanitizer() -> str | None:
 
 def needs_sanitizer() -> str | None:
     """Why compute-sanitizer cannot be run."""
-    return needs_gpu() or (None if sanitizer() else "no compute-sanitizer, on PATH or in the toolkit")
+    return needs_gpu() or (
+        None if sanitizer() else "no compute-sanitizer, on PATH or in the toolkit"
+    )
 
 
 def steps(out: Path) -> list[Step]:
@@ -113,7 +115,12 @@ def steps(out: Path) -> list[Step]:
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     train = [PYTHON, "examples/train_ddp.py", "--device", "cuda", "--ranks", "1", "--steps", "10"]
     found = [
-        Step("build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 240, environment=build),
+        Step(
+            "build",
+            [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"],
+            240,
+            environment=build,
+        ),
         Step("registers and SASS", [*pytest, "tests/python/test_cuda_build.py"], 60),
         Step("C++ tests", ["build/bin/arc_topk_tests", "--gtest_brief=1"], 60, needs_cpp_tests),
         Step("Python tests on CUDA", [*pytest, "tests/python/test_cuda.py"], 180, needs_gpu, cuda),

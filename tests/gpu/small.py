@@ -15,7 +15,9 @@ import arc_topk
 def steps(compressor: str, feedback: str, dtype: torch.dtype) -> None:
     """Four steps of a model of odd sizes."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(33, 70), nn.Linear(70, 257), nn.Linear(257, 5)).to("cuda", dtype)
+    model = nn.Sequential(nn.Linear(33, 70), nn.Linear(70, 257), nn.Linear(257, 5)).to(
+        "cuda", dtype
+    )
     ddp = DistributedDataParallel(model, device_ids=[0])
     arc_topk.register(ddp, compressor=compressor, feedback=feedback, ratio=0.2)
     for _ in range(4):

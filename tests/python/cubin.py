@@ -1,7 +1,7 @@
 """What ptxas made of the CUDA kernels, read with cuobjdump: no GPU is needed.
 
-As a program (``make registers``): a table of registers, stack and spills of every kernel, which also
-goes to build/cuda_registers.md.
+As a program (``make registers``): a table of registers, stack and spills of every kernel, which
+also goes to build/cuda_registers.md.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def short(name: str) -> str:
-    """"prepare<float>" of "void arc_topk::cuda::(anonymous namespace)::prepare<float>(...)"."""
+    """ "prepare<float>" of "void arc_topk::cuda::(anonymous namespace)::prepare<float>(...)"."""
     name = re.sub(r"\(anonymous namespace\)::", "", name)
     name = name.split(NAMESPACE, 1)[1].replace("arc_topk::", "").replace("cuda::", "")
     depth = 0

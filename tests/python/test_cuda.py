@@ -1,7 +1,7 @@
 """The engine on a GPU, against the same steps on the CPU.
 
-Only where ARC_TOPK_TEST_DEVICE=cuda asks for it (`make gpu-check` does). Asked for and not possible is
-a failure; not asked for, a skip.
+Only where ARC_TOPK_TEST_DEVICE=cuda asks for it (`make gpu-check` does). Asked for and not possible
+is a failure; not asked for, a skip.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def overlap(rank: int, world_size: int, backend: str) -> float:
 
 
 def require_same(ours: list[list[Tensor]], theirs: list[list[Tensor]], dtype: torch.dtype) -> None:
-    """Equal within rounding; where a score's rounding chose another row, only few elements differ."""
+    """Equal within rounding; where it chose another row, few elements differ."""
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         for shape, x, y in zip(SHAPES, a, b, strict=True):
             x, y = x.double(), y.double()

@@ -1,4 +1,4 @@
-"""`make gpu-check` says what it could not do, never stops early, and succeeds only if all passed."""
+"""`make gpu-check` says what it could not do, never stops early, succeeds only if all passed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
-import check  # noqa: E402
+import check
 
 QUIET = Console(quiet=True)
 PASSES = check.Step("passes", [sys.executable, "-c", "print('fine | so far')"], 20)

@@ -240,7 +240,9 @@ def test_the_build_tells_what_it_was_made_with():
     assert info["compiler"].startswith("g++ ")
     if info["cuda"] is not None:
         assert int(info["cuda"]["toolkit"].split(".")[0]) >= 12
-        assert all(arch.removesuffix("+PTX")[:2].isdigit() for arch in info["cuda"]["architectures"])
+        assert all(
+            arch.removesuffix("+PTX")[:2].isdigit() for arch in info["cuda"]["architectures"]
+        )
 
 
 def test_an_old_setuptools_is_refused(setup):
