@@ -5,6 +5,8 @@
 #   PYTHON=python3   the interpreter for .venv, or with SYSTEM=1 the one to use
 #   ARGS="-k plan"   more arguments for pytest, the demo or the benchmark
 #   WERROR=1         compiler warnings are errors
+#   ARC_TOPK_CUDA=0  without CUDA kernels; they are built where nvcc is found
+#   ARC_TOPK_CUDA_ARCHS="80;90"   GPUs to compile for; default: this machine's, or 90
 
 PYTHON ?= python3
 TORCH ?=
@@ -28,15 +30,20 @@ else
   export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 endif
 export ARC_TOPK_WERROR := $(WERROR)
+# One architecture, for speed; `pip install` makes all of them.
+ifeq ($(ARC_TOPK_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST),)
+  GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+[.][0-9]' | sort -u)
+  export ARC_TOPK_CUDA_ARCHS := $(or $(GPUS),90)
+endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help test test-slow test-cpp demo bench lint format build clean distclean
+.PHONY: help test test-slow test-cpp gpu-check registers demo bench lint format build clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
-	@sed -n '/^# *[A-Z]*=/s/^# */  /p' Makefile
+	@sed -n '/^# *[A-Z_]*=/s/^# */  /p' Makefile
 
 test: build test-cpp ## set up, build, run the C++ and the Python tests
 	$(PY) -m pytest $(ARGS)
@@ -47,6 +54,13 @@ test-slow: build ## the tests that take minutes
 test-cpp: build ## the C++ tests alone
 	@if [ -x build/bin/arc_topk_tests ]; then set -x; build/bin/arc_topk_tests --gtest_brief=1; \
 	else echo "No GoogleTest here: the C++ tests are left out."; fi
+
+# It builds by itself, so that a build that fails is one line of its table.
+gpu-check: $(DEPENDENCIES) ## all that needs a GPU, in 9 minutes: table and JSON in OUT (build/gpu-check)
+	$(PY) tests/gpu/check.py $(ARGS)
+
+registers: build ## registers and spills of every CUDA kernel, without a GPU
+	$(PY) tests/python/cubin.py
 
 demo: build ## train a language model over 4 ranks with each compressor: a table and a picture
 	$(PY) examples/train_ddp.py --demo $(ARGS)

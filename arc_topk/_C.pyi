@@ -74,5 +74,5 @@ def describe(
 def cpu_isa() -> str:
     """The instruction set the CPU kernels run with: "baseline", "avx2" or "avx512"."""
 
-def has_cuda() -> bool:
-    """Whether this build has CUDA kernels."""
+def build_info() -> dict[str, Any]:
+    """`arc_topk.build_info` without "version" and "cpu_isa"."""

@@ -1,6 +1,6 @@
 """ARC-Top-K gradient compression for PyTorch's DistributedDataParallel."""
 
-from arc_topk._build import check_torch
+from arc_topk._build import build_info, check_torch
 
 __version__ = "0.1.0"
 
@@ -19,5 +19,6 @@ __all__ = [
     "PlanRow",
     "State",
     "arc_topk_hook",
+    "build_info",
     "register",
 ]

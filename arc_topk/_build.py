@@ -1,7 +1,11 @@
-"""Guards the import of the compiled module, which crashes or misbehaves with another torch."""
+"""Guards the import of the compiled module, and says what it was built with.
+
+It crashes or misbehaves with another torch than the one it was built against.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,3 +31,19 @@ def check_torch() -> None:
             f"arc_topk was built against torch {built}, but torch {torch.__version__} is imported: "
             f"to build it for this one, {remedy}"
         )
+
+
+def build_info() -> dict[str, Any]:
+    """What this build was made with, and for.
+
+    Returns:
+        ``version`` of arc_topk; ``torch``, the version it was built against; ``compiler``;
+        ``cpu_isa``, the instruction set that the CPU kernels run with on this machine; ``cuda``:
+        None for a build without CUDA kernels, else a dict of ``toolkit`` (nvcc's version) and
+        ``architectures``: the compute capabilities that have machine code, such as "90", with
+        "+PTX" where newer GPUs are served too.
+    """
+    from arc_topk import _C, __version__  # only check_torch() may come before the module
+
+    info: dict[str, Any] = {"version": __version__, "cpu_isa": _C.cpu_isa(), **_C.build_info()}
+    return info

@@ -9,10 +9,11 @@ from arc_topk import _C
 
 def unservable(what: str, device: torch.device) -> ValueError | None:
     """Why a tensor of this device cannot be served, if it cannot."""
-    served = ("cpu", "cuda") if _C.has_cuda() else ("cpu",)
+    has_cuda = _C.build_info()["cuda"] is not None
+    served = ("cpu", "cuda") if has_cuda else ("cpu",)
     if device.type in served:
         return None
-    reason = "" if _C.has_cuda() else ": this build has no CUDA kernels, it was made without nvcc"
+    reason = "" if has_cuda else ": this build has no CUDA kernels, it was made without nvcc"
     return ValueError(
         f"{what} is on device '{device}'; expected {' or '.join(map(repr, served))}{reason}"
     )

@@ -26,11 +26,18 @@ class PythonArcTopK:
     def __init__(self, ratio: float, feedback: str, sketch_dim: int = 4, eta: float = 0.1) -> None:
         self.ratio, self.feedback, self.sketch_dim = ratio, feedback, sketch_dim
         self.eta = eta if feedback == "ef21m" else 1.0
-        self.generator = torch.Generator().manual_seed(0)  # the same V on all ranks
+        self.generator: torch.Generator | None = None
         self.error: dict[Tensor, Tensor] = {}  # EF14: e
         self.tracker: dict[Tensor, Tensor] = {}  # EF21M: v
         self.own: dict[Tensor, Tensor] = {}  # EF21, EF21M: h_i
         self.shared: dict[Tensor, Tensor] = {}  # EF21, EF21M: h
+
+    def projection(self, n: int, like: Tensor) -> Tensor:
+        """V, n x r, the same on all ranks; type and device are those of ``like``."""
+        if self.generator is None:
+            self.generator = torch.Generator(like.device).manual_seed(0)
+        shape = (n, self.sketch_dim)
+        return torch.randn(shape, generator=self.generator, dtype=like.dtype, device=like.device)
 
     def message(self, p: Tensor, g: Tensor) -> Tensor:
         """X_i of one matrix."""
@@ -85,7 +92,7 @@ def python_arc_topk_hook(
     messages = [state.message(p, g.to(work)) for p, g in matrices]
     sketches = []
     for x in messages:
-        v = torch.randn(x.shape[1], state.sketch_dim, generator=state.generator, dtype=work)
+        v = state.projection(x.shape[1], x)
         sketches.append(x @ v.div_(math.sqrt(state.sketch_dim)))
     first = average([*sketches, *[g.to(work) for g in vectors]], world_size)
     for g, mean in zip(vectors, first[len(sketches) :], strict=True):
@@ -114,6 +121,7 @@ def average(tensors: list[Tensor], world_size: int) -> list[Tensor]:
 
 def completed(result: Tensor) -> torch.futures.Future[Tensor]:
     """A future that is done."""
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    devices = [result.device] if result.is_cuda else None
+    future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
     future.set_result(result)
     return future

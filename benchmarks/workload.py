@@ -92,9 +92,11 @@ def squares(numel: int) -> Shapes:
 class Parameters(nn.Module):
     """Parameters of given shapes and nothing else."""
 
-    def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: str = "cpu") -> None:
         super().__init__()
-        self.tensors = nn.ParameterList(nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes)
+        self.tensors = nn.ParameterList(
+            nn.Parameter(torch.zeros(s, dtype=dtype, device=device)) for s in shapes
+        )
 
 
 class Workload:
@@ -104,6 +106,7 @@ class Workload:
         shapes: of the parameters.
         dtype: of parameters and gradients.
         bucket_mb: DDP's ``bucket_cap_mb``.
+        device: of parameters and gradients, "cpu" or "cuda".
 
     Attributes:
         ddp: what the buckets belong to; to bind an `arc_topk.State` to.
@@ -111,10 +114,12 @@ class Workload:
         numel: parameters in all.
     """
 
-    def __init__(self, shapes: Shapes, dtype: torch.dtype, bucket_mb: float = 25) -> None:
+    def __init__(
+        self, shapes: Shapes, dtype: torch.dtype, bucket_mb: float = 25, device: str = "cpu"
+    ) -> None:
         # Without find_unused_parameters DDP begins with one bucket, divided after a first backward.
         self.ddp = DistributedDataParallel(
-            Parameters(shapes, dtype), bucket_cap_mb=bucket_mb, find_unused_parameters=True
+            Parameters(shapes, dtype, device), bucket_cap_mb=bucket_mb, find_unused_parameters=True
         )
         # How DDP itself makes buckets for a rank that has run out of data (`join`): with its layout
         # and its parameters, without a backward pass.
@@ -127,15 +132,17 @@ class Workload:
 
         Gaussian, the rows of a matrix of different length.
         """
-        generator = torch.Generator().manual_seed(rank + 1)
+        device = self.buckets[0].buffer().device
+        generator = torch.Generator(device).manual_seed(rank + 1)
         sets = []
         for _ in range(GRADIENT_SETS):
             buffers = [torch.empty_like(b.buffer()) for b in self.buckets]
             for bucket, buffer in zip(self.buckets, buffers, strict=True):
                 for g in split(bucket, buffer):
-                    row_scale = torch.randn(len(g), generator=generator).exp_()
+                    row_scale = torch.randn(len(g), generator=generator, device=device).exp_()
                     row_scale = row_scale.reshape(-1, *[1] * (g.dim() - 1))
-                    g.copy_(torch.randn(g.shape, generator=generator).mul_(row_scale))
+                    noise = torch.randn(g.shape, generator=generator, device=device)
+                    g.copy_(noise.mul_(row_scale))
             sets.append(buffers)
         return sets
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
+#include "build_info.h"
 #include "ddp/comm_hook.h"
 
 namespace py = pybind11;
@@ -134,5 +135,18 @@ PYBIND11_MODULE(_C, module) {
   module.def("describe", &describe, py::arg("config"), py::arg("sizes"), py::arg("strides"),
              py::arg("dtype"), py::arg("world_size"));
   module.def("cpu_isa", &cpu_isa);
-  module.def("has_cuda", [] { return cuda_kernels() != nullptr; });
+  module.def("build_info", [] {
+    const BuildInfo info = build_info();
+    py::dict dict;
+    dict["torch"] = info.torch;
+    dict["compiler"] = info.compiler;
+    dict["cuda"] = py::none();
+    if (info.cuda) {
+      py::dict cuda;
+      cuda["toolkit"] = info.cuda->toolkit;
+      cuda["architectures"] = info.cuda->architectures;
+      dict["cuda"] = cuda;
+    }
+    return dict;
+  });
 }

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
@@ -23,7 +24,8 @@ def launch(work: Callable[[argparse.Namespace], None], options: argparse.Namespa
         The exit status.
     """
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        _choose_device(options, int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(_backend(options))
         _work_and_leave(work, options)
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the ranks share this machine's cores
@@ -40,8 +42,9 @@ def _spawned(
     rank: int, work: Callable[[argparse.Namespace], None], options: argparse.Namespace, store: str
 ) -> None:
     # A file as meeting point needs no free port, so several runs never get in each other's way.
+    _choose_device(options, rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=options.ranks
+        _backend(options), init_method=f"file://{store}", rank=rank, world_size=options.ranks
     )
     _work_and_leave(work, options)
 
@@ -64,6 +67,29 @@ def _work_and_leave(
         sys.exit(1)
 
 
+def device_of(options: argparse.Namespace) -> torch.device:
+    """What this rank trains on."""
+    if options.device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _choose_device(options: argparse.Namespace, local_rank: int) -> None:
+    """Takes this rank's GPU; one line if there is none."""
+    if options.device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            sys.exit(
+                f"--device is cuda, but rank {local_rank} of this machine finds "
+                f"{torch.cuda.device_count()} GPUs; expected one for each rank: lower --ranks"
+            )
+        torch.cuda.set_device(local_rank)
+
+
+def _backend(options: argparse.Namespace) -> str:
+    """Gloo for what lies on the CPU (Python objects, validation), NCCL for gradients on GPUs."""
+    return "cpu:gloo,cuda:nccl" if options.device == "cuda" else "gloo"
+
+
 class RunFailedError(RuntimeError):
     """A run cannot go on, or broke a promise checked at its end; raised on every rank alike."""
 
@@ -75,7 +101,7 @@ def check_same_parameters(model: nn.Module) -> None:
         RunFailedError: on every rank, naming the first parameter that differs.
     """
     digests = {
-        name: hashlib.sha256(memoryview(p.detach().contiguous().view(-1).numpy())).hexdigest()
+        name: hashlib.sha256(memoryview(p.detach().cpu().contiguous().view(-1).numpy())).hexdigest()
         for name, p in model.named_parameters()
     }
     everyone: list[Any] = [None] * dist.get_world_size()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from launch import RunFailedError, check_same_parameters, launch
+from launch import RunFailedError, check_same_parameters, device_of, launch
 from log import Log, Record
 from text import Windows, load
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ examples:
                                                         what it is to be compared with
   python examples/train_ddp.py --feedback ef21m --eta 0.3 --betas 0 0.99 --lr 6e-3
                                                         the paper's error feedback
+  python examples/train_ddp.py --device cuda --ranks 2  on two GPUs, with NCCL
   torchrun --nproc-per-node 4 examples/train_ddp.py --data war_and_peace.txt
                                                         torchrun starts the ranks, on your own text
   python examples/train_ddp.py --checkpoint run.pt --save-every 100
@@ -66,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("--ranks", type=int, default=4, help="processes to start here; under torchrun, torchrun's")
+    add("--device", choices=("cpu", "cuda"), default="cpu",
+        help="cuda: NCCL, and a GPU for each rank (default %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of parameters, data order and the compressor")
 
     group = p.add_argument_group("data and model")
@@ -147,13 +150,14 @@ def train(options: argparse.Namespace, title: str = "train") -> Outcome:
         The run's measurements.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    device = device_of(options)
     training_text, validation_text = load(options.data)
     data = Windows(training_text, options.context, options.batch, rank, ranks, options.seed)
 
     torch.manual_seed(options.seed)  # the same parameters on every rank
     model = ByteTransformer(
         options.context, options.width, options.layers, options.heads, options.dropout
-    )
+    ).to(device)
     torch.manual_seed(options.seed + 1 + rank)  # dropout of its own on every rank
     ddp = DistributedDataParallel(model)
     state = arc_topk.register(ddp, **compression(options))  # <- arc_topk, line 2 of 2
@@ -182,7 +186,7 @@ def train(options: argparse.Namespace, title: str = "train") -> Outcome:
         while training.step < options.steps:
             started = time.perf_counter()
             learning_rate = schedule.get_last_lr()[0]
-            loss = ddp(data.next())
+            loss = ddp(data.next().to(device))
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(ddp.parameters(), options.clip or math.inf)
@@ -236,7 +240,7 @@ def validate(model: ByteTransformer, text: Tensor, options: argparse.Namespace) 
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     for _ in range(batches):
-        total += model(data.next())
+        total += model(data.next().to(device_of(options))).double().cpu()
     model.train()
     dist.all_reduce(total)
     return total.item() / (batches * ranks)

@@ -4,6 +4,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <utility>
@@ -248,6 +249,8 @@ void StateStore::describe(BucketState& s) const {
   Bucket& b = s.bucket;
   b.segments = s.plan.segments.data();
   b.num_segments = static_cast<int64_t>(s.plan.segments.size());
+  b.num_dense = std::count_if(s.plan.segments.begin(), s.plan.segments.end(),
+                              [](const Segment& segment) { return !segment.compressed(); });
   b.pieces = s.pieces.data();
   b.num_pieces = static_cast<int64_t>(s.pieces.size());
   b.numel = s.plan.numel;

@@ -37,7 +37,7 @@ struct Segment {
   uint32_t stream;  // tells the tensors of one bucket apart in Rand-K's random numbers
   bool dense_in_first;  // dense: rides in the first payload (work type), not the second
 
-  bool compressed() const { return kept > 0; }
+  constexpr bool compressed() const { return kept > 0; }
 };
 
 // A part of one segment: the unit in which work is shared out between threads or blocks. About
@@ -69,6 +69,7 @@ enum class Outcome : uint8_t {
 struct Bucket {
   const Segment* segments;
   int64_t num_segments;
+  int64_t num_dense;  // segments that stay dense
   const Piece* pieces;
   int64_t num_pieces;
   int64_t numel;

@@ -1,4 +1,4 @@
-// In a build without nvcc.
+// In place of cuda/ in a build without nvcc.
 #include "kernels/kernels.h"
 
 namespace arc_topk {

@@ -111,7 +111,7 @@ class BucketInMemory {
  public:
   explicit BucketInMemory(const BucketSpec& spec) : spec(spec), random_(7) {
     const DType work = work_type(spec.gradient);
-    int64_t first = 0, second = 0, flags = 0, keys = 0, picks = 0, numel = 0;
+    int64_t dense = 0, first = 0, second = 0, flags = 0, keys = 0, picks = 0, numel = 0;
     for (const Tensor& tensor : spec.tensors) {
       Segment s{};
       s.offset = numel;
@@ -143,11 +143,13 @@ class BucketInMemory {
         pieces.push_back({index, row, std::min(row + rows, s.rows), 0, s.cols});
       }
       segments.push_back(s);
+      dense += !s.compressed();
     }
     const int states = own_states(spec.feedback);
     b = Bucket{};
     b.segments = segments.data();
     b.num_segments = static_cast<int64_t>(segments.size());
+    b.num_dense = dense;
     b.pieces = pieces.data();
     b.num_pieces = static_cast<int64_t>(pieces.size());
     b.numel = numel;

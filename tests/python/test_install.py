@@ -1,5 +1,6 @@
 """What goes wrong during installation and import ends in one line that says what to do."""
 
+import importlib.util
 import os
 import runpy
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import arc_topk
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "pip install --no-build-isolation -e ."
@@ -28,8 +31,8 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
 
 def pip_install(target: Path, *options: str) -> subprocess.CompletedProcess[str]:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps")
-    # Without these two, the choices made by `make` stand, and nothing is compiled again.
-    choices = {"ARC_TOPK_TESTS", "ARC_TOPK_WERROR"}
+    # Without these, the choices made by `make` stand, and nothing is compiled again.
+    choices = {"ARC_TOPK_TESTS", "ARC_TOPK_WERROR", "ARC_TOPK_CUDA_ARCHS"}
     environment = {name: value for name, value in os.environ.items() if name not in choices}
     return subprocess.run(
         [*pip, *options, "--target", str(target), str(ROOT)],
@@ -135,6 +138,111 @@ def test_a_missing_compiler_is_named(setup, only_programs, monkeypatch, variable
 def test_cmake_and_a_compiler_suffice(tmp_path, setup, only_programs, compiler):
     only_programs("cmake", compiler)
     assert setup["check_tools"]() == str(tmp_path / "cmake")
+
+
+KNOWN = ["75", "80", "86", "89", "90", "100", "120"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("90", "90-real"),
+        ("80;90", "80-real;90-real"),
+        ("8.0 9.0+PTX", "80-real;90"),
+        (" 10.0,12.0+ptx; ", "100-real;120"),
+        ("9.0a", "90a-real"),
+        ("75 80 86 89 90 100 120+PTX", "75-real;80-real;86-real;89-real;90-real;100-real;120"),
+    ],
+)
+def test_architectures_are_named_for_cmake(setup, value, expected):
+    assert setup["parse_archs"]("ARC_TOPK_CUDA_ARCHS", value, KNOWN) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "wrong"), [("90;Hopper", "Hopper"), ("7.0 9.0", "7.0"), ("sm_90", "sm_90"), (";", "")]
+)
+def test_a_wrong_architecture_is_one_line(setup, value, wrong):
+    with pytest.raises(SystemExit) as caught:
+        setup["parse_archs"]("TORCH_CUDA_ARCH_LIST", value, KNOWN)
+    assert str(caught.value) == (
+        f"arc-topk: TORCH_CUDA_ARCH_LIST is {value!r}, and {wrong!r} in it is not a compute "
+        "capability that nvcc compiles for; expected some of 75 80 86 89 90 100 120, each perhaps "
+        "with +PTX, such as '80;90+PTX'"
+    )
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """An nvcc that knows two architectures, named by CUDA_HOME; no other choice is made."""
+    for name in ("ARC_TOPK_CUDA", "ARC_TOPK_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
+    program = tmp_path / "bin" / "nvcc"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho compute_80\necho compute_90\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return str(program)
+
+
+def test_a_release_build_takes_what_nvcc_knows(setup, nvcc):
+    assert setup["cuda_choices"]({}) == [
+        "-DARC_TOPK_CUDA=",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        "-DCMAKE_CUDA_ARCHITECTURES=80-real;90",
+    ]
+
+
+def test_choices_about_cuda_are_kept(setup, nvcc, monkeypatch):
+    kept = {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": "80-real"}
+    assert setup["cuda_choices"](kept) == ["-DARC_TOPK_CUDA="]
+    assert setup["cuda_choices"](kept | {"ARC_TOPK_CUDA": "0"}) == ["-DARC_TOPK_CUDA=0"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert setup["cuda_choices"](kept)[-1] == "-DCMAKE_CUDA_ARCHITECTURES=90-real"
+    monkeypatch.setenv("ARC_TOPK_CUDA_ARCHS", "80")
+    assert setup["cuda_choices"](kept)[-1] == "-DCMAKE_CUDA_ARCHITECTURES=80-real"
+
+
+def test_an_nvcc_that_is_not_there_is_named(setup, nvcc, monkeypatch):
+    monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
+    with pytest.raises(SystemExit, match="no nvcc at /nowhere/nvcc, where CUDACXX"):
+        setup["cuda_choices"]({})
+
+
+def test_cuda_that_is_asked_for_and_missing_is_an_error(setup, nvcc, only_programs, monkeypatch):
+    only_programs()
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setitem(setup["cuda_choices"].__globals__, "find_nvcc", lambda: None)
+    assert setup["cuda_choices"]({}) == ["-DARC_TOPK_CUDA=", "-UCMAKE_CUDA_COMPILER"]
+    monkeypatch.setenv("ARC_TOPK_CUDA", "1")
+    with pytest.raises(SystemExit, match="ARC_TOPK_CUDA is 1, but no nvcc is found"):
+        setup["cuda_choices"]({})
+
+
+def test_nvcc_from_pypi_is_found(tmp_path, setup, monkeypatch):
+    program = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path / "nvidia")]})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    only = str(program)  # neither PATH nor /usr/local has one
+    monkeypatch.setitem(
+        setup["find_nvcc"].__globals__, "find_program", lambda *names: names[-1] if names else None
+    )
+    assert setup["find_nvcc"]() == only
+
+
+def test_the_build_tells_what_it_was_made_with():
+    info = arc_topk.build_info()
+    assert set(info) == {"version", "torch", "compiler", "cpu_isa", "cuda"}
+    assert (info["version"], info["torch"]) == (arc_topk.__version__, torch.__version__)
+    assert info["compiler"].startswith("g++ ")
+    if info["cuda"] is not None:
+        assert int(info["cuda"]["toolkit"].split(".")[0]) >= 12
+        assert all(
+            arch.removesuffix("+PTX")[:2].isdigit() for arch in info["cuda"]["architectures"]
+        )
 
 
 def test_an_old_setuptools_is_refused(setup):

@@ -1,0 +1,359 @@
+// What came back from the wire, into the shared estimate and DDP's bucket. The host does not know
+// what became of a tensor, so the result is written here in any case: h or C, or NaN.
+#pragma once
+
+#include "kernels/cuda/pack.h"
+
+namespace arc_topk::cuda {
+
+// Where the mean of a dense tensor comes from.
+enum class DenseSource : uint8_t {
+  kPayload,   // its place in the summed payload
+  kMessages,  // its places in the messages of all ranks
+  kGradient,  // the gradient is the mean already
+};
+
+// The mean of dense tensors, in the work type.
+template <class T>
+struct DenseMean {
+  DenseSource source;
+  Gathered gathered;
+  T first_factor;  // what a payload's sum is multiplied with
+  T second_factor;
+
+  DenseMean(const Bucket& b, DenseSource its_source, const Gathered* messages)
+      : source(its_source),
+        gathered(messages != nullptr ? *messages : Gathered{}),
+        first_factor(static_cast<T>(1.0 / b.world_size)),
+        second_factor(static_cast<T>(1.0 / b.wire_scale / b.world_size)) {}
+
+  template <int kVector>
+  ARC_TOPK_DEVICE void load(const Bucket& b, const Segment& s, Run run, T (&x)[kVector]) const {
+    if (source == DenseSource::kGradient) {
+      Array<AnyType>(b.gradient, b.gradient_type).load(run, x);
+      return;
+    }
+    const DType type = s.dense_in_first ? kTypeOf<T> : b.wire_type;
+    void* payload = s.dense_in_first ? b.first : b.second;
+    const T factor = s.dense_in_first ? first_factor : second_factor;
+    const Run there = run.moved(s.packed - s.offset);
+    if (source == DenseSource::kPayload) {
+      Array<AnyType>(payload, type).load(there, x);
+    } else {
+      sum(b, payload, type, there, x);
+    }
+    ARC_TOPK_UNROLL
+    for (int j = 0; j < kVector; ++j) x[j] = x[j] * factor;
+  }
+
+ private:
+  template <int kVector>
+  ARC_TOPK_DEVICE void sum(const Bucket& b, const void* own, DType type, Run run,
+                           T (&x)[kVector]) const {
+    const int64_t shift =
+        static_cast<const char*>(gathered.data) - static_cast<const char*>(gathered.own);
+    ARC_TOPK_UNROLL
+    for (int j = 0; j < kVector; ++j) x[j] = T(0);
+    for (int64_t rank = 0; rank < b.world_size; ++rank) {
+      const void* theirs = byte_offset(own, shift + rank * gathered.stride);
+      with_type(type, [&]<class S>(S) {
+        ARC_TOPK_UNROLL
+        for (int j = 0; j < kVector; ++j) {
+          if (run.has(j)) x[j] = x[j] + widen_to<T>(read_unaligned<S>(theirs, run.index + j));
+        }
+      });
+    }
+  }
+};
+
+// Outcomes of dense tensors, before h is touched: unused where the mean is zero everywhere.
+template <class T>
+struct MarkDense {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kVector = kVectorOf<T>;
+  struct Shared {
+    bool last;
+  };
+
+  Bucket b;
+  DenseMean<T> mean;
+
+  template <class Block>
+  ARC_TOPK_DEVICE void operator()(Block& block, Shared& shared) const {
+    const Scratch scratch(b);
+    const Piece& p = b.pieces[block.index()];
+    const Segment& s = b.segments[p.segment];
+    if (!s.compressed()) {
+      const Range range = range_of(s, p);
+      for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
+        T x[kVector];
+        mean.load(b, s, run, x);
+        for (int j = 0; j < kVector; ++j) {
+          if (!run.has(j)) continue;
+          if (key_of(x[j]) != 0) scratch.used[p.segment] = 1;
+          if (!is_finite(x[j])) scratch.bad[p.segment] = 1;
+        }
+      });
+    }
+    if (!is_last(block, scratch.counters, 1, static_cast<uint32_t>(block.count()), shared.last))
+      return;
+    block.each([&](int t) {
+      for (int64_t i = t; i < b.num_segments; i += kThreads) {
+        if (b.segments[i].compressed()) continue;
+        b.outcome[i] = block.fresh(scratch.bad + i) != 0    ? Outcome::kNonFinite
+                       : block.fresh(scratch.used + i) != 0 ? Outcome::kNormal
+                                                            : Outcome::kUnused;
+        scratch.used[i] = 0;
+        scratch.bad[i] = 0;
+      }
+    });
+  }
+};
+
+template <class T>
+struct Apply {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kVector = kVectorOf<T>;
+  using Squares = Sums<double, 1>;
+  struct Shared {
+    int32_t place[kGrain];  // of each row of the piece among the picked ones, or -1
+    Squares warps[kWarp];
+  };
+
+  Bucket b;
+  DenseMean<T> mean;
+  T eta;
+  T keep;
+
+  template <class Block>
+  ARC_TOPK_DEVICE void operator()(Block& block, Shared& shared) const {
+    const Piece& p = b.pieces[block.index()];
+    const Segment& s = b.segments[p.segment];
+    const Range range = range_of(s, p);
+    const Outcome outcome = b.outcome[p.segment];
+    if (!s.compressed()) {
+      apply_dense(block, s, range, outcome);
+    } else if (outcome != Outcome::kNormal) {
+      apply_nothing(block, range, outcome);
+    } else {
+      apply_rows(block, shared, s, p, range);
+    }
+  }
+
+ private:
+  ARC_TOPK_DEVICE void publish(Run run, const T (&x)[kVector]) const {
+    Array<AnyType>(b.gradient, b.gradient_type).store(run, x);
+  }
+  ARC_TOPK_DEVICE void publish_nan(Run run) const {
+    T x[kVector];
+    ARC_TOPK_UNROLL
+    for (int j = 0; j < kVector; ++j) x[j] = static_cast<T>(numbers::float_of(0x7FC00000u));
+    publish(run, x);
+  }
+  // As it is once stored, so that the result is h to the bit.
+  ARC_TOPK_DEVICE void store_estimate(Run run, T (&h)[kVector]) const {
+    const Array<AnyType> shared(b.shared, b.state_type);
+    shared.store(run, h);
+    ARC_TOPK_UNROLL
+    for (int j = 0; j < kVector; ++j) h[j] = shared.rounded(h[j]);
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void apply_dense(Block& block, const Segment& s, Range range,
+                                   Outcome outcome) const {
+    for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
+      T x[kVector];
+      if (!shares_estimate(b.feedback)) {
+        mean.load(b, s, run, x);
+        return publish(run, x);
+      }
+      if (outcome == Outcome::kNonFinite) return publish_nan(run);
+      T h[kVector];
+      Array<AnyType>(b.shared, b.state_type).load(run, h);
+      // The momentum of a tensor that nobody used stays; without momentum h is the mean, zero or
+      // not.
+      const bool blends = b.feedback == FeedbackKind::kEF21M;
+      if (blends && outcome == Outcome::kUnused) return publish(run, h);
+      mean.load(b, s, run, x);
+      ARC_TOPK_UNROLL
+      for (int j = 0; j < kVector; ++j) h[j] = blends ? keep * h[j] + eta * x[j] : x[j];
+      store_estimate(run, h);
+      publish(run, h);
+    });
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void apply_nothing(Block& block, Range range, Outcome outcome) const {
+    for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
+      if (outcome == Outcome::kNonFinite) return publish_nan(run);
+      T h[kVector] = {};
+      if (shares_estimate(b.feedback)) Array<AnyType>(b.shared, b.state_type).load(run, h);
+      publish(run, h);
+    });
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void apply_rows(Block& block, Shared& shared, const Segment& s, const Piece& p,
+                                  Range range) const {
+    find_places(block, shared, s, p);
+    typename Block::template Each<Squares> squares;
+    const auto cols = static_cast<uint32_t>(s.cols);
+    const int64_t origin = s.offset + p.row_begin * s.cols;
+    const int64_t runs = runs_of<kVector>(range.begin, range.end);
+    block.each([&](int t) {
+      squares[t] = {};
+      for (int64_t i = t; i < runs; i += kThreads) {
+        const Run run = run_of<kVector>(range.begin, range.end, i);
+        T h[kVector] = {};
+        const bool has_h = shares_estimate(b.feedback);
+        if (has_h) Array<AnyType>(b.shared, b.state_type).load(run, h);
+        bool changed = false;
+        ARC_TOPK_UNROLL
+        for (int j = 0; j < kVector; ++j) {
+          if (!run.has(j)) continue;
+          const auto local = static_cast<uint32_t>(run.index + j - origin);
+          const int32_t k = shared.place[local / cols];
+          if (k < 0) continue;
+          const T c = mean_of(s, k, local % cols);
+          h[j] = has_h ? h[j] + c : c;
+          changed = true;
+          squares[t].value[0] += static_cast<double>(c) * static_cast<double>(c);
+        }
+        if (has_h && changed) store_estimate(run, h);
+        publish(run, h);
+      }
+    });
+    block_sums(block, squares, shared.warps);
+    block.each([&](int t) {
+      if (t == 0) block.add(&b.energy->captured, squares[t].value[0]);
+    });
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void find_places(Block& block, Shared& shared, const Segment& s,
+                                   const Piece& p) const {
+    const int32_t* picks = b.picks + s.pick;
+    const int64_t first = first_pick(picks, s.kept, p.row_begin);
+    const int64_t last = first_pick(picks, s.kept, p.row_end);
+    block.each([&](int t) {
+      for (int64_t row = t; row < p.row_end - p.row_begin; row += kThreads) shared.place[row] = -1;
+    });
+    block.sync();
+    block.each([&](int t) {
+      for (int64_t k = first + t; k < last; k += kThreads)
+        shared.place[picks[k] - p.row_begin] = static_cast<int32_t>(k);
+    });
+    block.sync();
+  }
+
+  ARC_TOPK_DEVICE T mean_of(const Segment& s, int32_t k, uint32_t col) const {
+    T x[1];
+    Array<AnyType>(b.second, b.wire_type).load(Run{s.packed + k * s.cols + col, 0, 1}, x);
+    return x[0] * mean.second_factor;
+  }
+};
+
+// Top-K: the mean of all ranks' sparse messages, a stretch of elements at a time in shared memory.
+// Ranks one after the other, each of whose elements differ: the same sums in every run.
+template <class T>
+struct ApplyGathered {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kVector = kVectorOf<T>;
+  static constexpr int64_t kStretch = 8192 / sizeof(T);
+  using Squares = Sums<double, 1>;
+  struct Shared {
+    typename Apply<T>::Shared rest;
+    T sum[kStretch];
+  };
+
+  Apply<T> apply;  // of dense tensors and of those in which nothing arrived
+
+  template <class Block>
+  ARC_TOPK_DEVICE void operator()(Block& block, Shared& shared) const {
+    const Bucket& b = apply.b;
+    const Piece& p = b.pieces[block.index()];
+    const Segment& s = b.segments[p.segment];
+    if (!s.compressed() || b.outcome[p.segment] != Outcome::kNormal)
+      return apply(block, shared.rest);
+    typename Block::template Each<Squares> squares;
+    block.each([&](int t) { squares[t] = {}; });
+    const Range range = range_of(s, p);
+    for (int64_t begin = range.begin; begin < range.end; begin += kStretch) {
+      const int64_t end = smaller(begin + kStretch, range.end);
+      add_up(block, shared, s, begin, end);
+      block.each([&](int t) {
+        for (int64_t i = begin + t; i < end; i += kThreads)
+          squares[t].value[0] += put(shared.sum[i - begin], i);
+      });
+      block.sync();
+    }
+    block_sums(block, squares, shared.rest.warps);
+    block.each([&](int t) {
+      if (t == 0) block.add(&b.energy->captured, squares[t].value[0]);
+    });
+  }
+
+ private:
+  template <class Block>
+  ARC_TOPK_DEVICE void add_up(Block& block, Shared& shared, const Segment& s, int64_t begin,
+                              int64_t end) const {
+    const Bucket& b = apply.b;
+    const Gathered& gathered = apply.mean.gathered;
+    const int64_t shift =
+        static_cast<const char*>(gathered.data) - static_cast<const char*>(gathered.own);
+    block.each([&](int t) {
+      for (int64_t i = t; i < end - begin; i += kThreads) shared.sum[i] = T(0);
+    });
+    block.sync();
+    for (int64_t rank = 0; rank < b.world_size; ++rank) {
+      const int64_t there = shift + rank * gathered.stride;
+      const void* picks = byte_offset(static_cast<const void*>(b.picks + s.pick), there);
+      const void* values = byte_offset(static_cast<const void*>(b.second), there);
+      const int64_t first = first_unaligned(picks, s.kept, begin - s.offset);
+      const int64_t last = first_unaligned(picks, s.kept, end - s.offset);
+      with_type(b.wire_type, [&]<class W>(W) {
+        block.each([&](int t) {
+          for (int64_t k = first + t; k < last; k += kThreads) {
+            T& sum = shared.sum[s.offset + read_unaligned<int32_t>(picks, k) - begin];
+            sum = sum + widen_to<T>(read_unaligned<W>(values, s.packed + k));
+          }
+        });
+      });
+      block.sync();
+    }
+  }
+
+  ARC_TOPK_DEVICE static int64_t first_unaligned(const void* picks, int64_t count, int64_t row) {
+    int64_t at = 0;
+    while (count > 0) {
+      const int64_t half = count / 2;
+      if (read_unaligned<int32_t>(picks, at + half) < row) {
+        at += half + 1;
+        count -= half + 1;
+      } else {
+        count = half;
+      }
+    }
+    return at;
+  }
+
+  // One element's mean where it belongs; returns its square.
+  ARC_TOPK_DEVICE double put(T sum, int64_t i) const {
+    const Bucket& b = apply.b;
+    const Run run{i, 0, 1};
+    T c[1] = {sum * apply.mean.second_factor};
+    const double square = static_cast<double>(c[0]) * static_cast<double>(c[0]);
+    if (shares_estimate(b.feedback)) {
+      const Array<AnyType> shared(b.shared, b.state_type);
+      T h[1];
+      shared.load(run, h);
+      h[0] = h[0] + c[0];
+      shared.store(run, h);
+      c[0] = shared.rounded(h[0]);
+    }
+    Array<AnyType>(b.gradient, b.gradient_type).store(run, c);
+    return square;
+  }
+};
+
+}  // namespace arc_topk::cuda

@@ -1,0 +1,145 @@
+// What a kernel body is written against: a block of threads. A body is one template, told as a
+// sequence of phases, each of them a function of the thread's number:
+//
+//   block.each([&](int t) { ... });   // on the device: of threadIdx.x; on the host: a loop
+//   block.sync();
+//
+// so that the very same text runs in a CUDA block and, block after block, in a test on the host.
+// A body is a struct with its arguments, `kThreads`, the type `Shared` of its shared memory and
+//
+//   template <class Block> void operator()(Block& block, Shared& shared) const;
+#pragma once
+
+#include <cstdint>
+
+#include "feedback/feedback.h"
+
+#if defined(__CUDACC__)
+#define ARC_TOPK_DEVICE __device__ __forceinline__
+#define ARC_TOPK_UNROLL _Pragma("unroll")
+#else
+#define ARC_TOPK_DEVICE inline
+#define ARC_TOPK_UNROLL
+#endif
+
+namespace arc_topk::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+
+// Some numbers that are summed together.
+template <class T, int kCount>
+struct Sums {
+  T value[kCount];
+};
+
+struct Nothing {};
+
+#if defined(__CUDACC__)
+
+template <int kCount>
+class DeviceBlock {
+ public:
+  static constexpr int kThreads = kCount;
+
+  // One value a thread, kept from phase to phase.
+  template <class T>
+  struct Each {
+    T value;
+    ARC_TOPK_DEVICE T& operator[](int) { return value; }
+  };
+
+  ARC_TOPK_DEVICE int64_t index() const { return blockIdx.x; }
+  ARC_TOPK_DEVICE int64_t count() const { return gridDim.x; }
+  template <class F>
+  ARC_TOPK_DEVICE void each(const F& f) const {
+    f(static_cast<int>(threadIdx.x));
+  }
+  ARC_TOPK_DEVICE void sync() const { __syncthreads(); }
+  // What was written before is seen by other blocks before what is written after.
+  ARC_TOPK_DEVICE void fence() const { __threadfence(); }
+  // Returns the old value.
+  ARC_TOPK_DEVICE uint32_t add(uint32_t* at, uint32_t x) const { return atomicAdd(at, x); }
+  ARC_TOPK_DEVICE void add(double* at, double x) const { atomicAdd(at, x); }
+  // A value that other blocks write, from where they have written it to and not from a cache.
+  template <class T>
+  ARC_TOPK_DEVICE static T fresh(const T* at) {
+    return *const_cast<const volatile T*>(at);
+  }
+  // Whether any thread's value is true; also a sync().
+  ARC_TOPK_DEVICE bool any(Each<bool>& x) const { return __syncthreads_or(x.value); }
+
+  // Every thread gets the sums of its group of `width` neighbours, a power of two up to a warp.
+  template <class T, int kSums>
+  ARC_TOPK_DEVICE void group_sums(Each<Sums<T, kSums>>& x, int width) const {
+    for (int offset = width / 2; offset > 0; offset /= 2) {
+      ARC_TOPK_UNROLL
+      for (int k = 0; k < kSums; ++k) {
+        x.value.value[k] += __shfl_xor_sync(0xFFFFFFFFu, x.value.value[k], offset);
+      }
+    }
+  }
+
+  // Replaces every thread's number by the sum of those of the threads before it; returns the sum of
+  // all. `warps` may be used again after the next sync().
+  ARC_TOPK_DEVICE uint32_t exclusive_sums(Each<uint32_t>& x, uint32_t (&warps)[kWarp]) const {
+    const int lane = threadIdx.x % kWarp;
+    const int warp = threadIdx.x / kWarp;
+    const uint32_t own = x.value;
+    uint32_t sum = own;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const uint32_t below = __shfl_up_sync(0xFFFFFFFFu, sum, offset);
+      if (lane >= offset) sum += below;
+    }
+    if (lane == kWarp - 1) warps[warp] = sum;
+    __syncthreads();
+    uint32_t before = 0, all = 0;
+    for (int i = 0; i < kCount / kWarp; ++i) {
+      if (i == warp) before = all;
+      all += warps[i];
+    }
+    x.value = before + sum - own;
+    __syncthreads();
+    return all;
+  }
+};
+
+#endif
+
+// The sums over the whole block, to thread 0, always added up in the same order.
+template <class Block, class T, int kSums>
+ARC_TOPK_DEVICE void block_sums(Block& block, typename Block::template Each<Sums<T, kSums>>& x,
+                                Sums<T, kSums> (&warps)[kWarp]) {
+  block.group_sums(x, kWarp);
+  block.each([&](int t) {
+    if (t % kWarp == 0) warps[t / kWarp] = x[t];
+  });
+  block.sync();
+  block.each([&](int t) {
+    if (t != 0) return;
+    for (int warp = 1; warp < Block::kThreads / kWarp; ++warp) {
+      for (int k = 0; k < kSums; ++k) x[t].value[k] += warps[warp].value[k];
+    }
+  });
+  block.sync();
+}
+
+// Adds `weight` to a counter that starts at zero. Whether that makes `total`, so that this block is
+// the last: all that the others wrote before they came here can then be read (as fresh()). The
+// counter is zero again.
+template <class Block>
+ARC_TOPK_DEVICE bool is_last(Block& block, uint32_t* counter, uint32_t weight, uint32_t total,
+                             bool& shared) {
+  block.each([&](int) { block.fence(); });
+  block.sync();
+  block.each([&](int t) {
+    if (t != 0) return;
+    shared = block.add(counter, weight) + weight == total;
+    if (shared) *counter = 0;
+    block.fence();
+  });
+  block.sync();
+  return shared;
+}
+
+}  // namespace arc_topk::cuda

@@ -1,0 +1,143 @@
+// The message X_i and this rank's own state, a vector of elements at a time.
+#pragma once
+
+#include "kernels/cuda/pieces.h"
+
+namespace arc_topk::cuda {
+
+// EF14 and EF21M keep X_i in their first array between prepare() and sent(): the message is what is
+// stored, rounded to the state's type. The others form it from the gradient whenever it is needed.
+constexpr bool keeps_message(FeedbackKind kind) {
+  return kind == FeedbackKind::kEF14 || kind == FeedbackKind::kEF21M;
+}
+
+// Gradient and state of a run, in the work type.
+template <class T, int kVector>
+struct Values {
+  T g[kVector];
+  T a[kVector];
+  T b[kVector];
+};
+
+// Where they lie. G, S: the C++ types, or AnyType.
+template <class Feedback, class G, class S>
+struct Arrays {
+  static constexpr int kStates = own_states(Feedback::kKind);
+  Array<G> g;
+  Array<S> a;
+  Array<S> b;
+
+  ARC_TOPK_DEVICE explicit Arrays(const Bucket& bucket)
+      : g(bucket.gradient, bucket.gradient_type),
+        a(bucket.own_a, bucket.state_type),
+        b(bucket.own_b, bucket.state_type) {}
+
+  template <class T, int kVector>
+  ARC_TOPK_DEVICE void load(Run run, Values<T, kVector>& x) const {
+    g.load(run, x.g);
+    if constexpr (kStates > 0) a.load(run, x.a);
+    if constexpr (kStates > 1) b.load(run, x.b);
+  }
+};
+
+// The message of a run before this step's prepare(): x[] = X_i. A candidate that is not finite is
+// left out, the old state taken in its place. Returns whether all of it was finite.
+template <class Feedback, class S, class T, int kVector>
+ARC_TOPK_DEVICE bool form(const Feedback& feedback, const Array<S>& state,
+                          const Values<T, kVector>& e, T (&x)[kVector]) {
+  constexpr int kStates = own_states(Feedback::kKind);
+  constexpr bool kKeeps = keeps_message(Feedback::kKind);
+  bool all_finite = true;
+  ARC_TOPK_UNROLL
+  for (int j = 0; j < kVector; ++j) {
+    const T old = kStates > 0 ? e.a[j] : T(0);
+    T a = old;
+    T b = kStates > 1 ? e.b[j] : T(0);
+    feedback.prepare(e.g[j], a, b);
+    if constexpr (kKeeps) a = state.rounded(a);
+    const T message = feedback.message(e.g[j], a, b);
+    const bool finite = is_finite(message);
+    all_finite = all_finite && finite;
+    x[j] = finite || !kKeeps ? message : old;
+  }
+  return all_finite;
+}
+
+// X_i of a run: as prepare() left it where `prepared`, else as prepare() would form it.
+template <class Feedback, class S, class T, int kVector>
+ARC_TOPK_DEVICE void message(const Feedback& feedback, const Array<S>& state,
+                             const Values<T, kVector>& e, bool prepared, T (&x)[kVector]) {
+  if (keeps_message(Feedback::kKind) && prepared) {
+    ARC_TOPK_UNROLL
+    for (int j = 0; j < kVector; ++j) x[j] = e.a[j];
+  } else {
+    form(feedback, state, e, x);
+  }
+}
+
+// The largest finite number of a type. What is larger is cut off to it before it is sent, so that
+// what was sent is finite, and so is what stays behind in the state.
+inline double largest(DType type) {
+  switch (type) {
+    case DType::kF64:
+      break;
+    case DType::kF32:
+      return 3.4028234663852886e38;
+    case DType::kBF16:
+      return numbers::widen(BF16{0x7F7F});
+    case DType::kF16:
+      return 65504;
+  }
+  return 1.7976931348623157e308;
+}
+
+// To the wire and back. Its numbers are made on the host, once a launch.
+template <class T>
+struct Wire {
+  bool exact;  // the work type, not scaled: nothing is rounded or cut off
+  T scale;
+  T back;
+  T limit;
+
+  explicit Wire(const Bucket& b)
+      : exact(b.wire_type == kTypeOf<T> && b.wire_scale == 1),
+        scale(static_cast<T>(b.wire_scale)),
+        back(static_cast<T>(1 / b.wire_scale)),
+        limit(static_cast<T>(largest(b.wire_type))) {}
+
+  // What is sent for x. Cut off before it is scaled: the sum of N values then stays within the type
+  // as well.
+  ARC_TOPK_DEVICE T sent(T x) const {
+    if (exact) return x;
+    return (x < -limit ? -limit : limit < x ? limit : x) * scale;
+  }
+  ARC_TOPK_DEVICE T received(T x) const { return exact ? x : x * back; }
+};
+
+// --- flags ---------------------------------------------------------------------------------------
+
+ARC_TOPK_DEVICE void write_flag(const Bucket& b, int64_t i, bool used, bool bad) {
+  with_type(b.flag_type, [&]<class S>(S) {
+    const float value = bad ? numbers::float_of(0x7F800000u) : used ? 1.0f : 0.0f;
+    static_cast<S*>(b.flags)[i] = narrow_to<S>(value);
+  });
+}
+
+// What the flags of a segment say, summed by an all-reduce or, if `gathered` is given, here.
+ARC_TOPK_DEVICE Outcome read_outcome(const Bucket& b, const Segment& s, const Gathered* gathered) {
+  const int64_t copies = gathered != nullptr ? b.world_size : 1;
+  const char* flags = static_cast<const char*>(b.flags);
+  if (gathered != nullptr) {
+    flags = static_cast<const char*>(gathered->data) +
+            (flags - static_cast<const char*>(gathered->own));
+  }
+  float sum = 0;
+  for (int64_t copy = 0; copy < copies; ++copy) {
+    const char* at = flags + (gathered != nullptr ? copy * gathered->stride : 0);
+    with_type(b.flag_type,
+              [&]<class S>(S) { sum += widen_to<float>(read_unaligned<S>(at, s.flag)); });
+  }
+  return !is_finite(sum) ? Outcome::kNonFinite : sum == 0 ? Outcome::kUnused : Outcome::kNormal;
+}
+
+}  // namespace arc_topk::cuda

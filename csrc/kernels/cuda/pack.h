@@ -1,0 +1,171 @@
+// The selected rows of the message: onto the wire, and out of what this rank still has to send.
+// What the outcome demands of the rest of a piece's state comes first.
+#pragma once
+
+#include "kernels/cuda/message.h"
+
+namespace arc_topk::cuda {
+
+// The first of `count` ascending picks that is not below `row`.
+ARC_TOPK_DEVICE int64_t first_pick(const int32_t* picks, int64_t count, int64_t row) {
+  int64_t at = 0;
+  while (count > 0) {
+    const int64_t half = count / 2;
+    if (picks[at + half] < row) {
+      at += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  return at;
+}
+
+// Elements of a piece's picked rows, one thread each: f(element, its place in the payload).
+// Elements beyond the tensor's end, in a short last row, are passed as -1.
+template <class Block, class F>
+ARC_TOPK_DEVICE void for_picked(Block& block, const Bucket& b, const Segment& s, const Piece& p,
+                                const F& f) {
+  const int32_t* picks = b.picks + s.pick;
+  const int64_t first = first_pick(picks, s.kept, p.row_begin);
+  const int64_t last = first_pick(picks, s.kept, p.row_end);
+  const auto cols = static_cast<uint32_t>(p.col_end - p.col_begin);
+  const auto count = static_cast<uint32_t>(last - first) * cols;  // of a piece: far below 2^32
+  block.each([&](int t) {
+    for (uint32_t i = static_cast<uint32_t>(t); i < count; i += Block::kThreads) {
+      const int64_t k = first + i / cols;
+      const int64_t col = p.col_begin + i % cols;
+      const int64_t element = picks[k] * s.cols + col;
+      f(element < s.numel ? s.offset + element : -1, s.packed + k * s.cols + col);
+    }
+  });
+}
+
+enum class PackMode : uint8_t {
+  kPayload,  // fill the payload; the state stays as it is (the outcome is not known yet)
+  kCommit,   // the payload has gone out: settle the state, account for what was sent
+  kBoth,     // settle, fill and account in one go
+};
+
+template <class Feedback, class T>
+struct Pack {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kStates = own_states(Feedback::kKind);
+  static constexpr bool kKeeps = keeps_message(Feedback::kKind);
+  static constexpr int kVector = kVectorOf<T>;
+  using State = Arrays<Feedback, AnyType, AnyType>;
+  struct Shared {};
+
+  Bucket b;
+  Feedback feedback;
+  Wire<T> wire;
+  PackMode mode;
+  bool has_gathered;
+  Gathered gathered;
+
+  template <class Block>
+  ARC_TOPK_DEVICE void operator()(Block& block, Shared&) const {
+    const Piece& p = b.pieces[block.index()];
+    const Segment& s = b.segments[p.segment];
+    if (!s.compressed()) return;
+    const Outcome outcome = outcome_of(block, s, p);
+    bool prepared = b.used[p.segment] != 0;
+    if (mode != PackMode::kPayload) {
+      settle(block, s, p, outcome, prepared);
+      prepared = true;
+    }
+    if (outcome == Outcome::kNormal && b.bad[p.segment] == 0) {
+      send(block, s, p, prepared);
+    } else if (mode != PackMode::kCommit && is_first(p)) {
+      send_zeros(block, s);
+    }
+  }
+
+ private:
+  // In kBoth the selection has read it off the flags, in kPayload nobody can know it yet.
+  template <class Block>
+  ARC_TOPK_DEVICE Outcome outcome_of(Block& block, const Segment& s, const Piece& p) const {
+    if (mode == PackMode::kPayload) return Outcome::kNormal;
+    if (mode == PackMode::kBoth) return b.outcome[p.segment];
+    const Outcome outcome = read_outcome(b, s, has_gathered ? &gathered : nullptr);
+    block.each([&](int t) {
+      if (t == 0 && is_first(p)) b.outcome[p.segment] = outcome;
+    });
+    return outcome;
+  }
+
+  // Prepares what was held back where some other rank has used the tensor, takes back what was
+  // stored where some rank's gradient was non-finite.
+  template <class Block>
+  ARC_TOPK_DEVICE void settle(Block& block, const Segment& s, const Piece& p, Outcome outcome,
+                              bool stored) const {
+    if constexpr (kKeeps) {
+      const bool prepares = !stored && outcome == Outcome::kNormal;
+      const bool undoes = stored && outcome == Outcome::kNonFinite;
+      if (!prepares && !undoes) return;
+      const State state(b);
+      const Range range = range_of(s, p);
+      for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
+        Values<T, kVector> e;
+        T x[kVector];
+        state.load(run, e);
+        form(feedback, state.a, e, x);
+        if (undoes) undo(state, e, x);
+        state.a.store(run, x);
+      });
+      block.sync();
+    }
+  }
+
+  // An element whose candidate was not finite was never stored: it would not be finite now either,
+  // since its gradient is not.
+  ARC_TOPK_DEVICE void undo(const State& state, const Values<T, kVector>& e,
+                            T (&x)[kVector]) const {
+    ARC_TOPK_UNROLL
+    for (int j = 0; j < kVector; ++j) {
+      T candidate = e.a[j];
+      T before = e.a[j];
+      T other = kStates > 1 ? e.b[j] : T(0);
+      feedback.prepare(e.g[j], candidate, other);
+      feedback.undo(e.g[j], before, other);
+      x[j] = is_finite(state.a.rounded(candidate)) ? before : e.a[j];
+    }
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void send(Block& block, const Segment& s, const Piece& p, bool prepared) const {
+    const State state(b);
+    const Array<AnyType> payload(b.second, b.wire_type);
+    for_picked(block, b, s, p, [&](int64_t element, int64_t place) {
+      const Run to{place, 0, 1};
+      T x[1] = {T(0)};
+      if (element < 0) {
+        if (mode != PackMode::kCommit) payload.store(to, x);
+        return;
+      }
+      const Run run{element, 0, 1};
+      Values<T, 1> e;
+      state.load(run, e);
+      message(feedback, state.a, e, prepared, x);
+      T c[1] = {wire.sent(x[0])};
+      if (mode != PackMode::kCommit) payload.store(to, c);
+      if (mode == PackMode::kPayload || kStates == 0) return;
+      const T sent = wire.received(wire.exact ? c[0] : payload.rounded(c[0]));
+      T none = 0;
+      feedback.sent(sent, e.a[0], kStates > 1 ? e.b[0] : none);
+      state.a.store(run, e.a);
+      if (kStates > 1) state.b.store(run, e.b);
+    });
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void send_zeros(Block& block, const Segment& s) const {
+    const Array<AnyType> payload(b.second, b.wire_type);
+    for_runs<1>(block, s.packed, s.packed + s.kept * s.cols, [&](Run run) {
+      const T zero[1] = {T(0)};
+      payload.store(run, zero);
+    });
+  }
+};
+
+}  // namespace arc_topk::cuda

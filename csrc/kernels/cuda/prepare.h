@@ -1,0 +1,202 @@
+// The one pass over gradient and state before the first collective.
+//
+// A row belongs to a group of lanes: 1 to 32 neighbours that read it together, so that short rows
+// share a warp, or the whole block where it is long. Each lane adds up its products for four
+// columns of V, the group adds up its lanes'. Of a row in several pieces the last block to arrive
+// adds up the parts, in their order.
+#pragma once
+
+#include "kernels/cuda/message.h"
+
+namespace arc_topk::cuda {
+
+template <class Feedback, class G, class S, class T>
+struct Prepare {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kVector = 16 / sizeof(G);
+  static constexpr int kColumns = 4;          // of V at a time
+  static constexpr int64_t kGroupRow = 1024;  // longer rows are the whole block's
+  using FourSums = Sums<T, kColumns>;
+  struct Shared {
+    FourSums warps[kWarp];
+    bool last;
+  };
+
+  Bucket b;
+  Feedback feedback;
+  Projection v;  // no data: no sketch
+  T sketch_scale;
+  T wire_scale;
+
+  template <class Block>
+  ARC_TOPK_DEVICE void operator()(Block& block, Shared& shared) const {
+    const Piece& p = b.pieces[block.index()];
+    const Segment& s = b.segments[p.segment];
+    if (!s.compressed()) {
+      copy_dense(block, s, range_of(s, p));
+    } else {
+      update(block, shared, s, p);
+    }
+    finish(block, shared);
+  }
+
+ private:
+  // A dense tensor into its payload. Never cut off: an infinity must arrive.
+  template <class Block>
+  ARC_TOPK_DEVICE void copy_dense(Block& block, const Segment& s, Range range) const {
+    const Array<G> gradient(b.gradient, b.gradient_type);
+    const Array<AnyType> to(s.dense_in_first ? b.first : b.second,
+                            s.dense_in_first ? kTypeOf<T> : b.wire_type);
+    const T scale = s.dense_in_first ? T(1) : wire_scale;
+    for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
+      T x[kVector];
+      gradient.load(run, x);
+      ARC_TOPK_UNROLL
+      for (int j = 0; j < kVector; ++j) x[j] = x[j] * scale;
+      to.store(run.moved(s.packed - s.offset), x);
+    });
+  }
+
+  // Lanes of a group: enough for a row's vectors.
+  ARC_TOPK_DEVICE int width_for(int64_t cols) const {
+    if (v.data == nullptr || cols > kGroupRow) return kThreads;
+    int width = 1;
+    while (width < kWarp && width * kVector < cols) width *= 2;
+    return width;
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void update(Block& block, Shared& shared, const Segment& s,
+                              const Piece& p) const {
+    typename Block::template Each<bool> finite;
+    block.each([&](int t) { finite[t] = true; });
+    const bool stores = b.used[p.segment] != 0;
+    const int width = width_for(s.cols);
+    const Range all = range_of(s, p);
+    // Without a sketch there is nothing to tell rows apart for.
+    const int64_t rows = v.data == nullptr ? 1 : p.row_end - p.row_begin;
+    const int64_t dim = v.data == nullptr ? 1 : b.sketch_dim;
+    const bool part = p.col_end - p.col_begin < s.cols;
+    const int groups = kThreads / width;
+
+    for (int64_t first = 0; first < rows; first += groups) {
+      for (int64_t k = 0; k < dim; k += kColumns) {
+        typename Block::template Each<FourSums> sums;
+        block.each([&](int t) {
+          const int64_t row = p.row_begin + first + t / width;
+          Range range = all;
+          int64_t start = s.offset + row * s.cols;
+          if (v.data != nullptr && !part) {
+            range = {start, smaller(start + s.cols, all.end)};
+            if (row >= p.row_end) range.end = range.begin;
+          }
+          sums[t] = {};
+          finite[t] &= read(range, start, t % width, width, k, stores, sums[t]);
+        });
+        if (v.data == nullptr) continue;
+        if (width == kThreads) {
+          block_sums(block, sums, shared.warps);
+        } else {
+          block.group_sums(sums, width);
+        }
+        block.each([&](int t) {
+          const int64_t row = p.row_begin + first + t / width;
+          if (t % width == 0 && row < p.row_end) write(block, s, row, part, k, sums[t]);
+        });
+      }
+    }
+    if (v.data != nullptr && part) add_parts(block, shared, s, p);
+    block.each([&](int t) {
+      if (!finite[t]) b.bad[p.segment] = 1;
+    });
+  }
+
+  // A lane's vectors of a row: the state's update with the first columns of V, products with the
+  // columns from k on. Returns whether the message was finite.
+  ARC_TOPK_DEVICE bool read(Range row, int64_t start, int lane, int width, int64_t k, bool stores,
+                            FourSums& sums) const {
+    const Arrays<Feedback, G, S> arrays(b);
+    const bool prepared = k > 0 && stores;
+    const int64_t runs = runs_of<kVector>(row.begin, row.end);
+    bool finite = true;
+    for (int64_t i = lane; i < runs; i += width) {
+      const Run run = run_of<kVector>(row.begin, row.end, i);
+      Values<T, kVector> e;
+      T x[kVector];
+      arrays.load(run, e);
+      if (prepared) {
+        message(feedback, arrays.a, e, true, x);
+      } else {
+        finite &= form(feedback, arrays.a, e, x);
+        if (keeps_message(Feedback::kKind) && stores) arrays.a.store(run, x);
+      }
+      if (v.data == nullptr) continue;
+      ARC_TOPK_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        if (k + c < b.sketch_dim) sums.value[c] = sums.value[c] + product(x, run, start, k + c);
+      }
+    }
+    return finite;
+  }
+
+  ARC_TOPK_DEVICE T product(const T (&x)[kVector], Run run, int64_t start, int64_t column) const {
+    const Array<float> vs(const_cast<float*>(v.data), DType::kF32);
+    T y[kVector];
+    vs.load(run.moved(column * v.stride - start), y);
+    T sum = x[0] * y[0];
+    ARC_TOPK_UNROLL
+    for (int j = 1; j < kVector; ++j) sum = sum + x[j] * y[j];
+    return sum;
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void write(Block& block, const Segment& s, int64_t row, bool part, int64_t k,
+                             const FourSums& sums) const {
+    T* sketch = static_cast<T*>(b.first) + s.sketch + row * b.sketch_dim;
+    if (part) sketch = partial(block.index());
+    ARC_TOPK_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      if (k + c < b.sketch_dim) sketch[k + c] = part ? sums.value[c] : sums.value[c] * sketch_scale;
+    }
+  }
+
+  ARC_TOPK_DEVICE T* partial(int64_t piece) const {
+    return reinterpret_cast<T*>(Scratch(b).partial + piece * b.sketch_dim);
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void add_parts(Block& block, Shared& shared, const Segment& s,
+                                 const Piece& p) const {
+    const int64_t first = find_piece(b, p.segment, p.row_begin);
+    const auto columns = static_cast<uint32_t>(p.col_end - p.col_begin);
+    if (!is_last(block, Scratch(b).arrived + first, columns, static_cast<uint32_t>(s.cols),
+                 shared.last))
+      return;
+    block.each([&](int t) {
+      for (int64_t k = t; k < b.sketch_dim; k += kThreads) {
+        T sum = 0;
+        for (int64_t i = first;; ++i) {
+          sum = sum + block.fresh(partial(i) + k);
+          if (b.pieces[i].col_end == s.cols) break;
+        }
+        static_cast<T*>(b.first)[s.sketch + p.row_begin * b.sketch_dim + k] = sum * sketch_scale;
+      }
+    });
+  }
+
+  // The last block knows what became of all of them: this rank's flags.
+  template <class Block>
+  ARC_TOPK_DEVICE void finish(Block& block, Shared& shared) const {
+    if (!is_last(block, Scratch(b).counters, 1, static_cast<uint32_t>(block.count()), shared.last))
+      return;
+    block.each([&](int t) {
+      for (int64_t i = t; i < b.num_segments; i += kThreads) {
+        b.outcome[i] = Outcome::kNormal;
+        const Segment& s = b.segments[i];
+        if (s.compressed()) write_flag(b, s.flag, b.used[i] != 0, block.fresh(b.bad + i) != 0);
+      }
+    });
+  }
+};
+
+}  // namespace arc_topk::cuda

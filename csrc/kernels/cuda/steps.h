@@ -1,0 +1,209 @@
+// The steps of kernels.h as launches of bodies, over whatever launches them: CUDA, or a loop on the
+// host that tests run. An ARC-Top-K bucket takes scan, prepare, select, pack and apply, and one
+// more where tensors under a shared estimate stay dense.
+#pragma once
+
+#include <cmath>
+
+#include "kernels/cuda/apply.h"
+#include "kernels/cuda/dense.h"
+#include "kernels/cuda/prepare.h"
+#include "kernels/cuda/project.h"
+#include "kernels/cuda/scan.h"
+#include "kernels/cuda/select_many.h"
+
+namespace arc_topk::cuda {
+
+// Calls f with the bucket's feedback over its work type.
+template <class F>
+void with_feedback(const Bucket& b, const F& f) {
+  const auto over = [&]<class T>(T) {
+    switch (b.feedback) {
+      case FeedbackKind::kEF14:
+        return f(EF14{}, T{});
+      case FeedbackKind::kEF21:
+        return f(EF21{}, T{});
+      case FeedbackKind::kEF21M:
+        return f(EF21M<T>{static_cast<T>(b.eta), static_cast<T>(1 - b.eta)}, T{});
+      case FeedbackKind::kNone:
+        break;
+    }
+    return f(NoFeedback{}, T{});
+  };
+  b.gradient_type == DType::kF64 ? over(double{}) : over(float{});
+}
+
+template <class F>
+void with_work_type(const Bucket& b, const F& f) {
+  b.gradient_type == DType::kF64 ? f(double{}) : f(float{});
+}
+
+// Launcher: launch(bucket, name, body, blocks), and read(bucket, address) of a number in the
+// device's memory, for which it waits.
+template <class Launcher>
+class Steps : public Kernels {
+ public:
+  Grain grain() const override { return {kGrain, true}; }
+
+  int64_t scratch_bytes(const Bucket& b) const override {
+    int64_t num_keys = 0;
+    for (int64_t i = 0; i < b.num_segments; ++i) {
+      const Segment& s = b.segments[i];
+      if (s.kept > 0) num_keys = larger(num_keys, s.key + s.rows);
+    }
+    return Scratch::bytes(b, num_keys);
+  }
+
+  void project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
+               uint64_t seed, uint64_t step) const override {
+    const Project body{data, stride, begin, end, b.sketch_dim, seed, step};
+    launch(b, "project", body, body.blocks());
+  }
+
+  void prepare(const Bucket& b, const Projection* v) const override {
+    switch (size_of(b.gradient_type)) {
+      case 8:
+        launch(b, "scan", Scan<uint64_t>{b}, b.num_pieces);
+        break;
+      case 4:
+        launch(b, "scan", Scan<uint32_t>{b}, b.num_pieces);
+        break;
+      default:
+        launch(b, "scan", Scan<uint16_t>{b}, b.num_pieces);
+    }
+    with_feedback(b, [&]<class Feedback, class T>(const Feedback& feedback, T) {
+      with_gradient<T>(b.gradient_type, [&]<class G>(G) {
+        if (b.state_type == numbers::kTypeOf<T>) {
+          prepare_with<G, T>(b, feedback, v, T{});
+        } else {
+          prepare_with<G, AnyType>(b, feedback, v, T{});
+        }
+      });
+    });
+  }
+
+  void select(const Bucket& b, const Keys& keys) const override {
+    with_work_type(b, [&]<class T>(T) {
+      const KeyMaker<T> maker(b, keys);
+      // Scores of a sketch are few: rows of one element would not be worth their sketch.
+      const bool many = keys.kind != Keys::kSketch;
+      launch(b, "select", Select<T>{maker, many}, b.num_segments);
+      if (!many || b.num_pieces * kGrain <= kManyRows) return;
+      for (int from = 8 * sizeof(T); from > 0; from = Digit<Key<T>>::below(from).shift) {
+        launch(b, "count_digit", CountDigit<T>{maker, from}, b.num_pieces);
+      }
+      launch(b, "count_taken", CountTaken<T>{b}, b.num_pieces);
+      launch(b, "take", TakeMany<T>{b}, b.num_pieces);
+    });
+  }
+
+  void pack(const Bucket& b) const override { pack_with(b, PackMode::kPayload, nullptr); }
+  void commit(const Bucket& b, const Gathered* gathered) const override {
+    pack_with(b, PackMode::kCommit, gathered);
+  }
+  void pack_and_commit(const Bucket& b) const override { pack_with(b, PackMode::kBoth, nullptr); }
+
+  void apply(const Bucket& b, const Gathered* gathered) const override {
+    const bool reduced = gathered == nullptr;
+    with_work_type(b, [&]<class T>(T) {
+      const DenseMean<T> mean(b, reduced ? DenseSource::kPayload : DenseSource::kMessages,
+                              gathered);
+      apply_with(b, mean, reduced);
+    });
+  }
+  // apply() and blend() have put it there: the host does not know what became of the tensors.
+  bool publish(const Bucket&) const override { return true; }
+
+  void divide(const Bucket& b) const override {
+    with_work_type(b, [&]<class T>(T) {
+      launch(b, "divide", Divide<T>{b, static_cast<T>(1.0 / b.world_size)}, b.num_pieces);
+    });
+  }
+
+  void remember(const Bucket& b) const override {
+    const bool momentum = b.feedback == FeedbackKind::kEF21M;
+    with_work_type(b, [&]<class T>(T) {
+      launch(b, "remember",
+             CopyGradient<T>{b, momentum ? b.own_b : b.own_a, momentum ? b.own_a : nullptr},
+             b.num_pieces);
+    });
+  }
+
+  bool adopt(const Bucket& b) const override {
+    uint32_t* found = Scratch(b).counters + 1;
+    with_work_type(b, [&]<class T>(T) {
+      launch(b, "find_nonfinite", FindNonFinite<T>{b, found}, b.num_pieces);
+    });
+    if (b.num_pieces > 0 && launcher_.read(b, found) != 0) {
+      launch(b, "clear", Clear{found}, 1);
+      return false;
+    }
+    with_work_type(b, [&]<class T>(T) {
+      launch(b, "adopt", CopyGradient<T>{b, b.shared, nullptr}, b.num_pieces);
+    });
+    return true;
+  }
+
+  void blend(const Bucket& b) const override {
+    with_work_type(b, [&]<class T>(T) {
+      apply_with(b, DenseMean<T>(b, DenseSource::kGradient, nullptr), true);
+    });
+  }
+
+ protected:
+  Launcher launcher_;
+
+ private:
+  template <class Body>
+  void launch(const Bucket& b, const char* name, const Body& body, int64_t blocks) const {
+    if (blocks > 0) launcher_.launch(b, name, body, blocks);
+  }
+
+  template <class T, class F>
+  static void with_gradient(DType type, const F& f) {
+    if constexpr (sizeof(T) == 8) {
+      f(double{});
+    } else if (type == DType::kF32) {
+      f(float{});
+    } else if (type == DType::kBF16) {
+      f(BF16{});
+    } else {
+      f(F16{});
+    }
+  }
+
+  template <class G, class S, class Feedback, class T>
+  void prepare_with(const Bucket& b, const Feedback& feedback, const Projection* v, T) const {
+    const Projection none{nullptr, 0};
+    const T sketch_scale = static_cast<T>(1 / std::sqrt(static_cast<T>(b.sketch_dim)));
+    launch(b, "prepare",
+           Prepare<Feedback, G, S, T>{b, feedback, v != nullptr ? *v : none, sketch_scale,
+                                      static_cast<T>(b.wire_scale)},
+           b.num_pieces);
+  }
+
+  void pack_with(const Bucket& b, PackMode mode, const Gathered* gathered) const {
+    const Gathered none{};
+    with_feedback(b, [&]<class Feedback, class T>(const Feedback& feedback, T) {
+      launch(b, "pack",
+             Pack<Feedback, T>{b, feedback, Wire<T>(b), mode, gathered != nullptr,
+                               gathered != nullptr ? *gathered : none},
+             b.num_pieces);
+    });
+  }
+
+  template <class T>
+  void apply_with(const Bucket& b, const DenseMean<T>& mean, bool reduced) const {
+    if (shares_estimate(b.feedback) && has_dense(b))
+      launch(b, "mark_dense", MarkDense<T>{b, mean}, b.num_pieces);
+    const Apply<T> body{b, mean, static_cast<T>(b.eta), static_cast<T>(1 - b.eta)};
+    if (reduced) {
+      launch(b, "apply", body, b.num_pieces);
+    } else {
+      launch(b, "apply_gathered", ApplyGathered<T>{body}, b.num_pieces);
+    }
+  }
+  static bool has_dense(const Bucket& b) { return b.num_dense > 0; }
+};
+
+}  // namespace arc_topk::cuda

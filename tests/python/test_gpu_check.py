@@ -1,0 +1,61 @@
+"""`make gpu-check` says what it could not do, never stops early, succeeds only if all passed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+
+import check
+
+QUIET = Console(quiet=True)
+PASSES = check.Step("passes", [sys.executable, "-c", "print('fine | so far')"], 20)
+FAILS = check.Step("fails", [sys.executable, "-c", "raise SystemExit('oh no')"], 20)
+HANGS = check.Step("hangs", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
+ABSENT = check.Step("absent", ["/nowhere/program"], 20)
+
+
+def test_every_step_runs_and_is_reported(tmp_path: Path) -> None:
+    skipped = check.Step("skipped", ["false"], 20, lambda: check.NO_GPU)
+    outcomes = check.run_all([FAILS, skipped, HANGS, ABSENT, PASSES], tmp_path, QUIET)
+    results = [o.result for o in outcomes]
+    assert results == ["failed", "not done", "failed", "failed", "passed"]
+    assert outcomes[0].detail == "exit status 1; oh no"
+    assert "ended after" in outcomes[2].detail
+    assert check.report(outcomes, tmp_path, QUIET) == 1
+    text = (tmp_path / "gpu-check.md").read_text()
+    assert f"| skipped | not done | 0.0 | {check.NO_GPU} |" in text
+    assert "NOT DONE, so nothing is known of: skipped." in text
+    assert "fine / so far" in text
+    steps = json.loads((tmp_path / "gpu-check.json").read_text())["steps"]
+    assert [s["result"] for s in steps] == results
+
+
+def test_all_passed_is_success_and_one_not_done_is_not(tmp_path: Path) -> None:
+    done = check.run_all([PASSES], tmp_path, QUIET)
+    assert check.report(done, tmp_path, QUIET) == 0
+    late = check.run(PASSES, tmp_path / "log", 0.0)
+    assert (late.result, "used up" in late.detail) == ("not done", True)
+    assert check.report([*done, late], tmp_path, QUIET) == 1
+
+
+def test_without_a_gpu_what_needs_one_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "gpu", lambda: None)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    names = [s.name for s in check.steps(tmp_path) if s.needs() == check.NO_GPU]
+    assert len(names) == 2 + len(check.SANITIZERS) + 2 * len(check.SIZES)
+    assert check.main(["--only", "sanitizer"]) == 1
+    text = (tmp_path / "out" / "gpu-check.md").read_text()
+    assert text.count(check.NO_GPU) == len(check.SANITIZERS)
+
+
+def test_compiles_for_the_gpu_that_is_there() -> None:
+    assert check.architecture("NVIDIA H200, 9.0") == "9.0"
+    assert check.architecture(None) == "90"
