@@ -123,7 +123,7 @@ def steps(out: Path) -> list[Step]:
         ),
         Step("registers and SASS", [*pytest, "tests/python/test_cuda_build.py"], 60),
         Step("C++ tests", ["build/bin/arc_topk_tests", "--gtest_brief=1"], 60, needs_cpp_tests),
-        Step("Python tests on CUDA", [*pytest, "tests/python/test_cuda.py"], 180, needs_gpu, cuda),
+        Step("Python tests on CUDA", [*pytest, "tests/python/test_cuda.py"], 240, needs_gpu, cuda),
         Step("example", train, 60, needs_gpu),
     ]
     for tool in SANITIZERS:

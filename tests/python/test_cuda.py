@@ -6,6 +6,7 @@ is a failure; not asked for, a skip.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -40,14 +41,19 @@ def cuda() -> None:
 # --- on a rank ------------------------------------------------------------------------------------
 
 
-def wrapped(device: str, backend: str, dtype: torch.dtype, **ddp: Any) -> DistributedDataParallel:
-    """DDP of parameters of SHAPES, over all ranks."""
+@functools.cache
+def group_of(backend: str) -> dist.ProcessGroup:
+    """All ranks by a backend: made once in the life of a rank, for NCCL takes a second."""
     if backend == "nccl":
         # NCCL refuses two ranks on one GPU unless it takes them for two machines.
         os.environ["NCCL_HOSTID"] = f"rank{dist.get_rank()}"
-    group = dist.new_group(backend=backend)
+    return dist.new_group(backend=backend)
+
+
+def wrapped(device: str, backend: str, dtype: torch.dtype, **ddp: Any) -> DistributedDataParallel:
+    """DDP of parameters of SHAPES, over all ranks."""
     model = Pick([torch.zeros(shape, dtype=dtype) for shape in SHAPES]).to(device)
-    return DistributedDataParallel(model, process_group=group, **ddp)
+    return DistributedDataParallel(model, process_group=group_of(backend), **ddp)
 
 
 def run(
@@ -116,8 +122,7 @@ def overlap(rank: int, world_size: int, backend: str) -> float:
     torch.manual_seed(0)
     layers = [torch.nn.Linear(2048, 2048, bias=False) for _ in range(12)]
     model = torch.nn.Sequential(*layers).cuda()
-    group = dist.new_group(backend=backend)
-    ddp = DistributedDataParallel(model, process_group=group, bucket_cap_mb=32)
+    ddp = DistributedDataParallel(model, process_group=group_of(backend), bucket_cap_mb=32)
     arc_topk.register(ddp, ratio=0.1)
     data = torch.randn(4096, 2048, device="cuda")
     for _ in range(4):
