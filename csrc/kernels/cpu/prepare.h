@@ -164,15 +164,6 @@ inline bool has_nonzero(const Bucket& b, const Piece& p) {
 // --- keys
 // -----------------------------------------------------------------------------------------
 
-template <class T>
-using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-
-// Of numbers that are not negative, the bits as an integer have the same order.
-template <class T>
-inline Key<T> key_of(T x) {
-  return std::bit_cast<Key<T>>(x) & (~Key<T>{0} >> 1);
-}
-
 inline double score(const Bucket& b, const Piece& p) {
   return with_work_type(b, [&]<class T>(T) {
     const Segment& s = segment_of(b, p);
