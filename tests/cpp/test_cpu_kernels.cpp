@@ -42,7 +42,9 @@ std::vector<Tensor> odd_tensors() {
       {1100 + 100, 1100, 2},   // the last of which ends in its first chunk
       {2 * 513, 513, 1},       // one element in the last chunk
       {1000, 1, 120},          // enough picks for several chunks
-      {5, 1, 0, false},        // dense, last
+      {5, 1, 0, false},        // dense
+      {2500 + 100, 2500, 2},   // most chunks of whose last row lie beyond its end
+      {40, 8, 2},
   };
 }
 

@@ -124,7 +124,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def short(name: str) -> str:
-    """ "Pack<float>" of "void arc_topk::cuda::(anonymous namespace)::run<...::Pack<float>>(...)"."""
+    """ "Pack<float>" of "void arc_topk::cuda::(anonymous namespace)::run<Pack<float>>(...)"."""
     name = re.sub(r"\(anonymous namespace\)::", "", name)
     name = name.split(NAMESPACE, 1)[1].replace("arc_topk::", "").replace("cuda::", "")
     depth = 0

@@ -70,8 +70,9 @@ class Gaps {
 
   // Before x is scattered. A single stretch is not zeroed itself: it will be written in any case.
   void zero_until(const Stretches& x) {
-    const int64_t first = x.start(0);
-    const int64_t behind = x.start(x.count - 1) + x.valid(x.count - 1);
+    // Parts of a long row may lie beyond the end of the tensor that cuts it short.
+    const int64_t first = std::min(x.start(0), end_);
+    const int64_t behind = std::min(x.start(x.count - 1), end_) + x.valid(x.count - 1);
     fill_zero(b_.gradient, b_.gradient_type, {at_, x.count == 1 ? first : behind});
     at_ = behind;
   }
