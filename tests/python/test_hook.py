@@ -402,3 +402,30 @@ def run_sparse_bucket(rank: int, world_size: int) -> str:
 def test_a_sparse_bucket_is_an_error(ranks: Ranks) -> None:
     for text in ranks.run(run_sparse_bucket):
         assert "sparse" in text
+
+
+# --- profilers ------------------------------------------------------------------------------------
+
+
+def run_profiled(rank: int, world_size: int, gradients: Gradients) -> dict[str, int]:
+    """Thread by phase, of the first bucket."""
+    model = wrap(LAYOUTS, torch.float32, **MANY_BUCKETS)
+    arc_topk.register(model, ratio=0.2)
+    for step in gradients[:-1]:
+        backward(model, step[rank])
+    with torch.profiler.profile() as profile:
+        backward(model, gradients[-1][rank])
+    prefix, suffix = "arc_topk ", ", bucket 0"
+    return {
+        event.name[len(prefix) : -len(suffix)]: event.thread
+        for event in profile.events() or []
+        if event.name.startswith(prefix) and event.name.endswith(suffix)
+    }
+
+
+def test_profilers_show_every_phase_of_a_bucket(ranks: Ranks) -> None:
+    threads = ranks.run(run_profiled, same_gradients())[0]
+    lane = ("first_collective", "select", "pack", "second_collective", "apply")
+    assert set(threads) == {"prepare", *lane}
+    assert len({threads[phase] for phase in lane}) == 1
+    assert threads["prepare"] != threads["apply"], "the lane has a thread of its own"
