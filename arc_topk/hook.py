@@ -90,7 +90,7 @@ class State:
             ring algorithms: 2 (N-1)/N bytes per byte all-reduced, N-1 per byte all-gathered;
             ``energy_captured``, ||C||^2 of the averaged rows over ||mean X||^2 as the sketch
             estimates it (NaN for compressors without a sketch); ``seconds``, a dict by phase: the
-            host's, who on a GPU only queues work. Reads back from a GPU what it has added up, and so
+            host's, who on a GPU only queues work. A GPU's sums are read back from it, which
             waits for it.
         """
         if self._engine is None:
