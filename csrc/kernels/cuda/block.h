@@ -33,8 +33,6 @@ struct Sums {
   T value[kCount];
 };
 
-struct Nothing {};
-
 #if defined(__CUDACC__)
 
 template <int kCount>

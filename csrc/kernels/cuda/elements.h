@@ -58,7 +58,6 @@ struct Run {
   int first;
   int last;
 
-  ARC_TOPK_DEVICE bool empty() const { return last <= first; }
   ARC_TOPK_DEVICE bool has(int j) const { return j >= first && j < last; }
   // The same elements where they lie in another array.
   ARC_TOPK_DEVICE Run moved(int64_t by) const { return {index + by, first, last}; }

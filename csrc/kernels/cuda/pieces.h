@@ -24,12 +24,6 @@ ARC_TOPK_DEVICE Range range_of(const Segment& s, const Piece& p) {
   return {s.offset + smaller(begin, s.numel), s.offset + smaller(end, s.numel)};
 }
 
-// The columns of a piece in one of its rows; `end` may lie behind the tensor's end.
-ARC_TOPK_DEVICE Range columns_of(const Segment& s, const Piece& p, int64_t row) {
-  const int64_t start = s.offset + row * s.cols;
-  return {start + p.col_begin, start + p.col_end};
-}
-
 // A segment's first piece comes first; one of them has to do what is done once a segment.
 ARC_TOPK_DEVICE bool is_first(const Piece& p) { return p.row_begin == 0 && p.col_begin == 0; }
 

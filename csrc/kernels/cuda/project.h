@@ -9,7 +9,7 @@ namespace arc_topk::cuda {
 
 struct Project {
   static constexpr int kThreads = cuda::kThreads;
-  using Shared = Nothing;
+  struct Shared {};
 
   float* data;
   int64_t stride;
