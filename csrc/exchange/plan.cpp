@@ -54,6 +54,12 @@ std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain g
   return pieces;
 }
 
+bool splits_rows(const std::vector<Piece>& pieces, const std::vector<Segment>& segments) {
+  return std::any_of(pieces.begin(), pieces.end(), [&](const Piece& p) {
+    return p.col_end - p.col_begin < segments[static_cast<size_t>(p.segment)].cols;
+  });
+}
+
 int64_t kept_rows(double ratio, int64_t rows) {
   // The product may land a hair above the integer that was meant: 0.07 * 100 is 7.000000000000001.
   const auto kept =
@@ -97,6 +103,7 @@ Plan make_plan(const Config& config, const Compressor& compressor, DType gradien
                const std::vector<Shape>& shapes, int world_size) {
   Plan plan;
   plan.types = types_for(config, compressor, gradient);
+  int64_t num_keys = 0;
   for (const Shape& shape : shapes) {
     const Matrix matrix = view_as_matrix(config, compressor, shape, plan.types, world_size);
     Segment s{};
@@ -110,9 +117,9 @@ Plan make_plan(const Config& config, const Compressor& compressor, DType gradien
       s.cols = matrix.cols;
       s.kept = matrix.kept;
       s.flag = plan.num_flags++;
-      s.key = plan.num_keys;
+      s.key = num_keys;
       s.pick = plan.num_picks;
-      plan.num_keys += s.rows;
+      num_keys += s.rows;
       plan.num_picks += s.kept;
       plan.max_cols = std::max(plan.max_cols, s.cols);
       plan.dense = false;

@@ -171,7 +171,9 @@ class BucketInMemory {
     b.used = static_cast<uint8_t*>(bytes(b.num_segments));
     b.bad = static_cast<uint8_t*>(bytes(b.num_segments));
     b.outcome = static_cast<Outcome*>(bytes(b.num_segments));
-    b.keys = bytes(keys * (work == DType::kF64 ? 8 : 4));
+    b.withheld = bytes(b.num_segments * size_of(spec.state));
+    b.is_withheld = static_cast<uint8_t*>(bytes(b.num_segments));
+    b.scratch = bytes(keys * (work == DType::kF64 ? 8 : 4));  // the CPU's: its keys
     b.energy = &energy;
     b.world_size = spec.world_size;
     b.wire_scale = spec.wire_scale;
@@ -198,6 +200,13 @@ class BucketInMemory {
   double first(int64_t i) const { return get(work_type(b.gradient_type), b.first, i); }
   double second(int64_t i) const { return get(b.wire_type, b.second, i); }
   void set_gradient(int64_t i, double x) { set(b.gradient_type, b.gradient, i, x); }
+
+  // Another gradient.
+  void refill(unsigned seed) {
+    std::mt19937 random(seed);
+    for (int64_t i = 0; i < b.numel; ++i)
+      set_gradient(i, std::normal_distribution<double>()(random));
+  }
 
   // Distinct ascending picks of every compressed tensor.
   void pick_at_random() {
