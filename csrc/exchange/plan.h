@@ -58,6 +58,7 @@ struct Plan {
 
   // Elements in each buffer; the compressor decides what lies in them (Compressor::lay_out).
   int64_t num_flags = 0;
+  int64_t num_large = 0;
   int64_t num_picks = 0;
   int64_t first_numel = 0;   // work type
   int64_t second_numel = 0;  // wire type

@@ -264,6 +264,7 @@ void StateStore::describe(BucketState& s) const {
   b.num_segments = static_cast<int64_t>(s.plan.segments.size());
   b.num_dense = std::count_if(s.plan.segments.begin(), s.plan.segments.end(),
                               [](const Segment& segment) { return !segment.compressed(); });
+  b.num_large = s.plan.num_large;
   b.pieces = s.pieces.data();
   b.num_pieces = static_cast<int64_t>(s.pieces.size());
   b.splits_rows = splits_rows(s.pieces, s.plan.segments);

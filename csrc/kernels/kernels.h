@@ -34,22 +34,28 @@ struct Segment {
   int64_t packed;   // its K x n rows, or its dense copy, in the payload that carries them
   int64_t key;      // compressed: its m rows among those of all compressed segments
   int64_t pick;     // compressed: its K selected rows
+  int64_t large;    // compressed, of more than kManyRows rows: its place among such
   uint32_t stream;  // tells the tensors of one bucket apart in Rand-K's random numbers
   bool dense_in_first;  // dense: rides in the first payload (work type), not the second
 
   constexpr bool compressed() const { return kept > 0; }
+  constexpr bool has_many_rows() const;
 };
+// More rows than one block of a device should select from alone.
+constexpr int64_t kManyRows = 1 << 16;
+constexpr bool Segment::has_many_rows() const { return compressed() && rows > kManyRows; }
 
 // A part of one segment: the unit in which work is shared out between threads or blocks. About
 // equal numbers of elements each, whatever the shapes. Whole rows, unless the device splits long
-// ones: then columns [col_begin, col_end) of a single row.
+// ones: then columns [col_begin, col_end) of a single row. Small, for a device keeps thousands.
 struct Piece {
-  int64_t segment;
-  int64_t row_begin;
-  int64_t row_end;
-  int64_t col_begin;
-  int64_t col_end;
+  uint32_t segment;
+  uint32_t row_begin;
+  uint32_t row_end;
+  uint32_t col_begin;
+  uint32_t col_end;
 };
+constexpr int64_t kMostRows = 0xFFFFFFFF;  // and columns that a piece can name
 
 // How a device wants its pieces.
 struct Grain {
@@ -70,6 +76,7 @@ struct Bucket {
   const Segment* segments;
   int64_t num_segments;
   int64_t num_dense;  // segments that stay dense
+  int64_t num_large;  // segments of more than kManyRows rows
   const Piece* pieces;
   int64_t num_pieces;
   bool splits_rows;  // some piece is a part of a row

@@ -111,7 +111,7 @@ class BucketInMemory {
  public:
   explicit BucketInMemory(const BucketSpec& spec) : spec(spec), random_(7) {
     const DType work = work_type(spec.gradient);
-    int64_t dense = 0, first = 0, second = 0, flags = 0, keys = 0, picks = 0, numel = 0;
+    int64_t dense = 0, large = 0, first = 0, second = 0, flags = 0, keys = 0, picks = 0, numel = 0;
     for (const Tensor& tensor : spec.tensors) {
       Segment s{};
       s.offset = numel;
@@ -131,6 +131,7 @@ class BucketInMemory {
         first += s.rows * spec.sketch_dim;
         second += s.kept * s.cols;
         keys += s.rows;
+        if (s.has_many_rows()) s.large = large++;
         picks += s.kept;
       } else {
         int64_t& at = s.dense_in_first ? first : second;
@@ -140,7 +141,9 @@ class BucketInMemory {
       const auto index = static_cast<int64_t>(segments.size());
       const int64_t rows = std::max<int64_t>(1, spec.piece_numel / s.cols);
       for (int64_t row = 0; row < s.rows; row += rows) {
-        pieces.push_back({index, row, std::min(row + rows, s.rows), 0, s.cols});
+        pieces.push_back({static_cast<uint32_t>(index), static_cast<uint32_t>(row),
+                          static_cast<uint32_t>(std::min(row + rows, s.rows)), 0,
+                          static_cast<uint32_t>(s.cols)});
       }
       segments.push_back(s);
       dense += !s.compressed();
@@ -150,6 +153,7 @@ class BucketInMemory {
     b.segments = segments.data();
     b.num_segments = static_cast<int64_t>(segments.size());
     b.num_dense = dense;
+    b.num_large = large;
     b.pieces = pieces.data();
     b.num_pieces = static_cast<int64_t>(pieces.size());
     b.numel = numel;

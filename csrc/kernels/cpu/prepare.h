@@ -195,8 +195,8 @@ inline void randomize(const Bucket& b, const Piece& p, uint64_t seed, uint64_t s
         const Philox block = selection_keys(static_cast<uint32_t>(first + i), s.stream, seed, step);
         for (int j = 0; j < 4; ++j) word[i][j] = block.word[j];
       }
-      const int64_t begin = std::max(p.row_begin, first * 4);
-      const int64_t end = std::min(p.row_end, first * 4 + kChunk);
+      const int64_t begin = std::max<int64_t>(p.row_begin, first * 4);
+      const int64_t end = std::min<int64_t>(p.row_end, first * 4 + kChunk);
       for (int64_t row = begin; row < end; ++row) keys[row] = (&word[0][0])[row - first * 4];
     }
   });

@@ -17,7 +17,7 @@ ARC_TOPK_DEVICE PickRange picks_of(Block& block, const Bucket& b, const Segment&
   const int32_t* picks = b.picks + s.pick;
   const int64_t first =
       count_below(block, s.kept, p.row_begin, [&](int64_t k) { return picks[k]; });
-  const int64_t most = smaller(s.kept - first, p.row_end - p.row_begin);
+  const int64_t most = smaller<int64_t>(s.kept - first, p.row_end - p.row_begin);
   return {first,
           first + count_below(block, most, p.row_end, [&](int64_t k) { return picks[first + k]; })};
 }

@@ -5,9 +5,8 @@
 
 namespace arc_topk::cuda {
 
-constexpr int64_t kGrain = 8192;        // elements of a piece: one block's share
-constexpr int64_t kManyRows = 1 << 16;  // segments of more rows are selected from by many blocks
-constexpr int kDigitBits = 11;          // of the radix selection
+constexpr int64_t kGrain = 8192;  // elements of a piece: one block's share
+constexpr int kDigitBits = 11;    // of the radix selection
 constexpr int kBins = 1 << kDigitBits;
 
 // Elements [begin, end) of the bucket.
@@ -84,12 +83,12 @@ struct Scratch {
   void* partial;      // a piece each: sketch_dim sums of a part of a row, in the work type
   uint32_t* above;    // a piece each: keys above the smallest one that is kept, and equal to it
   uint32_t* equal;
-  Search* searches;
+  Search* searches;  // a segment of many rows each
   uintptr_t end;
 
   static constexpr int kCounters = 16;
 
-  ARC_TOPK_HD explicit Scratch(const Bucket& b, int64_t num_searches = 0) {
+  ARC_TOPK_HD explicit Scratch(const Bucket& b) {
     const bool parts = b.splits_rows && b.sketch_dim > 0;
     auto at = reinterpret_cast<uintptr_t>(b.scratch);
     counters = take<uint32_t>(at, kCounters);
@@ -99,7 +98,7 @@ struct Scratch {
     partial = take<char>(at, parts ? partial_bytes(b) * b.num_pieces : 0);
     above = take<uint32_t>(at, selects_by_many(b) ? b.num_pieces : 0);
     equal = take<uint32_t>(at, selects_by_many(b) ? b.num_pieces : 0);
-    searches = take<Search>(at, selects_by_many(b) ? num_searches : 0);
+    searches = take<Search>(at, selects_by_many(b) ? b.num_large : 0);
     end = at;
   }
   ARC_TOPK_HD static int64_t partial_bytes(const Bucket& b) {
@@ -107,15 +106,12 @@ struct Scratch {
   }
   // Scores of a sketch are few: rows of one element would not be worth their sketch.
   ARC_TOPK_HD static bool selects_by_many(const Bucket& b) {
-    return b.sketch_dim == 0 && b.num_pieces * kGrain > kManyRows;
+    return b.sketch_dim == 0 && b.num_large > 0;
   }
   static int64_t bytes(Bucket b) {
     b.scratch = nullptr;
-    return static_cast<int64_t>(Scratch(b, num_keys(b) / kManyRows + 1).end);
+    return static_cast<int64_t>(Scratch(b).end);
   }
-
-  // Two segments of more than kManyRows rows never begin in the same stretch of kManyRows keys.
-  ARC_TOPK_DEVICE Search& search_of(const Segment& s) const { return searches[s.key / kManyRows]; }
 
  private:
   template <class T>

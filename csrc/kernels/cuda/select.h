@@ -279,7 +279,7 @@ struct Select {
     if (shared.outcome != Outcome::kNormal) return;
     if (maker.keys.kind == Keys::kSketch) {
       add_energy(block, shared, segment, s.rows);
-    } else if (s.rows > kManyRows) {
+    } else if (s.has_many_rows()) {
       return;  // for select_many.h
     }
     pick(block, shared, segment, s);

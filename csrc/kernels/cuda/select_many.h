@@ -7,10 +7,6 @@
 
 namespace arc_topk::cuda {
 
-ARC_TOPK_DEVICE bool has_many_rows(const Segment& s) {
-  return s.compressed() && s.rows > kManyRows;
-}
-
 // One digit.
 template <class T>
 struct CountDigit {
@@ -30,8 +26,8 @@ struct CountDigit {
     const Bucket& b = maker.b;
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
-    if (!has_many_rows(s)) return;
-    Search& search = Scratch(b).search_of(s);
+    if (!s.has_many_rows()) return;
+    Search& search = Scratch(b).searches[s.large];
     const bool is_first_digit = from == 8 * sizeof(K);
     count(block, shared, p, search, is_first_digit ? 0 : static_cast<K>(search.known));
     const auto rows = static_cast<uint32_t>(p.row_end - p.row_begin);
@@ -92,9 +88,9 @@ struct CountTaken {
     const Bucket& b = maker.b;
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
-    if (!has_many_rows(s)) return;
+    if (!s.has_many_rows()) return;
     const Scratch scratch(b);
-    const auto threshold = static_cast<K>(scratch.search_of(s).known);
+    const auto threshold = static_cast<K>(scratch.searches[s.large].known);
     typename Block::template Each<Two> counts;
     block.each([&](int t) { counts[t] = {}; });
     maker.each(block, p.segment, p.row_begin, p.row_end, [&](int t, K key) {
@@ -129,9 +125,9 @@ struct TakeMany {
     const Bucket& b = maker.b;
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
-    if (!has_many_rows(s)) return;
+    if (!s.has_many_rows()) return;
     const Scratch scratch(b);
-    const Search& search = scratch.search_of(s);
+    const Search& search = scratch.searches[s.large];
     const int64_t first = find_piece(b, p.segment, 0);
     typename Block::template Each<Two> before;
     block.each([&](int t) {
