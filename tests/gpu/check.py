@@ -104,7 +104,7 @@ def needs_sanitizer() -> str | None:
 
 
 def steps(out: Path) -> list[Step]:
-    """All steps, in order. The sanitizers come last: they tell least for their time."""
+    """All steps, in order."""
     cuda = {"ARC_TOPK_TEST_DEVICE": "cuda"}
     archs = os.environ.get("ARC_TOPK_CUDA_ARCHS") or architecture(gpu())
     build = {
@@ -132,13 +132,13 @@ def steps(out: Path) -> list[Step]:
             file = out / f"{name.replace(' ', '-')}.json"
             command = [PYTHON, "benchmarks/gpu.py", "--numel", str(numel), "--dtype", dtype]
             found.append(Step(name, [*command, "--json", str(file)], 60, needs_gpu))
-    # The CPU has passed these already, so they come after what only a GPU can show.
-    both = [*pytest, "-m", "device and not slow", "tests/python", f"--ignore={CUDA_ALONE}"]
-    found.append(Step("Python tests on CUDA", both, 300, needs_gpu, cuda))
     for tool in SANITIZERS:
         command = [sanitizer() or "", "--tool", tool, "--error-exitcode", "9", PYTHON]
         script = [*command, "tests/gpu/small.py"]
         found.append(Step(f"compute-sanitizer {tool}", script, 60, needs_sanitizer))
+    # The CPU has passed these already, so they come after what only a GPU can show.
+    both = [*pytest, "-m", "device and not slow", "tests/python", f"--ignore={CUDA_ALONE}"]
+    found.append(Step("Python tests on CUDA", both, 300, needs_gpu, cuda))
     return found
 
 
