@@ -1,6 +1,8 @@
 // The adapter that takes buckets to a device: what it must carry, keep and find out.
 #include <gtest/gtest.h>
 
+#include <array>
+#include <bit>
 #include <functional>
 
 #include "bucket_in_memory.h"
@@ -51,6 +53,24 @@ TEST(OnDevice, CarriesAllThere) {
     EXPECT_EQ(b.pieces[1].segment, 1);
   });
   OnDevice(probe, c10::kCPU).divide(x.b);
+}
+
+// Nor does it leave out a pointer: whatever looks like an address in the bucket is another there.
+TEST(OnDevice, LeavesNoPointerAsItWas) {
+  using Words = std::array<uint64_t, sizeof(Bucket) / 8>;
+  CudaBucket x(small());
+  const auto here = std::bit_cast<Words>(x.b);
+  size_t addresses = 0;
+  const Probe probe([&](const Bucket& b) {
+    const auto there = std::bit_cast<Words>(b);
+    for (size_t i = 0; i < here.size(); ++i) {
+      if (here[i] >> 32 == 0 || here[i] >> 48 != 0) continue;  // a small number, or a double
+      EXPECT_NE(here[i], there[i]) << "at byte " << 8 * i << " of the bucket";
+      ++addresses;
+    }
+  });
+  OnDevice(probe, c10::kCPU).divide(x.b);
+  EXPECT_EQ(addresses, 16u);
 }
 
 TEST(OnDevice, BringsBackWhatWasWrittenThere) {
