@@ -12,6 +12,7 @@ namespace {
 class ArcTopK final : public Compressor {
  public:
   const char* name() const override { return "arc_topk"; }
+  bool sketches() const override { return true; }
 
   // 4 r m + K n w, and the flag.
   int64_t wire_bytes(const Matrix& x, const Types& types, const Config& config) const override {

@@ -3,7 +3,6 @@
 // device.
 #pragma once
 
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -63,6 +62,8 @@ class Compressor {
   virtual DType dense_type(DType gradient, DType wire) const;
   // Sets every offset and size of the payloads.
   virtual void lay_out(Plan& plan, const Config& config) const = 0;
+  // Selects rows by a sketch.
+  virtual bool sketches() const { return false; }
   // One message of bytes to gather, rather than payloads to reduce.
   virtual bool gathers() const { return false; }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <stdexcept>
 
 #include "compress/compressor.h"
 
@@ -20,6 +22,14 @@ std::string why_dense(const Config& config, const Compressor& compressor, const 
   std::string bytes = std::to_string(matrix.wire_bytes);
   if (link_cost != 1) bytes += " x " + std::to_string(link_cost).substr(0, 4);
   return "compressed bytes " + bytes + " >= dense " + std::to_string(matrix.dense_bytes);
+}
+
+// Rows and columns must fit into a Piece, and rows that are picked into an index of 32 bits.
+void check_size(int64_t count, int64_t most, const char* what) {
+  if (count <= most) return;
+  throw std::invalid_argument("arc_topk: a tensor has " + std::to_string(count) + " " + what +
+                              "; expected at most " + std::to_string(most) +
+                              ": split the parameter, or give a larger row_width");
 }
 
 int64_t state_bytes(const Config& config, const Compressor& compressor, const Types& types,
@@ -46,12 +56,20 @@ std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain g
     const int64_t cols = parts == 1 ? s.cols : divide_up(divide_up(s.cols, parts), 64) * 64;
     for (int64_t row = 0; row < s.rows; row += rows) {
       for (int64_t col = 0; col < s.cols; col += cols) {
-        pieces.push_back({static_cast<int64_t>(i), row, std::min(row + rows, s.rows), col,
-                          std::min(col + cols, s.cols)});
+        pieces.push_back({static_cast<uint32_t>(i), static_cast<uint32_t>(row),
+                          static_cast<uint32_t>(std::min(row + rows, s.rows)),
+                          static_cast<uint32_t>(col),
+                          static_cast<uint32_t>(std::min(col + cols, s.cols))});
       }
     }
   }
   return pieces;
+}
+
+bool splits_rows(const std::vector<Piece>& pieces, const std::vector<Segment>& segments) {
+  return std::any_of(pieces.begin(), pieces.end(), [&](const Piece& p) {
+    return p.col_end - p.col_begin < segments[static_cast<size_t>(p.segment)].cols;
+  });
 }
 
 int64_t kept_rows(double ratio, int64_t rows) {
@@ -90,6 +108,12 @@ Matrix view_as_matrix(const Config& config, const Compressor& compressor, const 
     matrix.kept = 0;
     matrix.wire_bytes = matrix.dense_bytes;
   }
+  if (matrix.kept > 0) {
+    check_size(matrix.rows, std::numeric_limits<int32_t>::max(), "rows");
+    check_size(matrix.cols, kMostRows, "columns");
+  } else {
+    check_size(shape.numel, kMostRows, "elements and stays dense");
+  }
   return matrix;
 }
 
@@ -97,6 +121,7 @@ Plan make_plan(const Config& config, const Compressor& compressor, DType gradien
                const std::vector<Shape>& shapes, int world_size) {
   Plan plan;
   plan.types = types_for(config, compressor, gradient);
+  int64_t num_keys = 0;
   for (const Shape& shape : shapes) {
     const Matrix matrix = view_as_matrix(config, compressor, shape, plan.types, world_size);
     Segment s{};
@@ -110,9 +135,10 @@ Plan make_plan(const Config& config, const Compressor& compressor, DType gradien
       s.cols = matrix.cols;
       s.kept = matrix.kept;
       s.flag = plan.num_flags++;
-      s.key = plan.num_keys;
+      s.key = num_keys;
       s.pick = plan.num_picks;
-      plan.num_keys += s.rows;
+      num_keys += s.rows;
+      if (s.has_many_rows()) s.large = plan.num_large++;
       plan.num_picks += s.kept;
       plan.max_cols = std::max(plan.max_cols, s.cols);
       plan.dense = false;

@@ -58,7 +58,7 @@ struct Plan {
 
   // Elements in each buffer; the compressor decides what lies in them (Compressor::lay_out).
   int64_t num_flags = 0;
-  int64_t num_keys = 0;
+  int64_t num_large = 0;
   int64_t num_picks = 0;
   int64_t first_numel = 0;   // work type
   int64_t second_numel = 0;  // wire type
@@ -70,6 +70,7 @@ struct Plan {
 };
 // The work on these segments in pieces as a device wants them.
 std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain grain);
+bool splits_rows(const std::vector<Piece>& pieces, const std::vector<Segment>& segments);
 
 Plan make_plan(const Config& config, const Compressor& compressor, DType gradient,
                const std::vector<Shape>& shapes, int world_size);

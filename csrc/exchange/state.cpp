@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -94,19 +95,22 @@ void allocate_message(BucketState& s, int world_size, c10::Device device) {
 
 void allocate_scratch(BucketState& s, c10::Device device) {
   const auto segments = static_cast<int64_t>(s.plan.segments.size());
-  const bool wide = s.plan.types.work() == DType::kF64;
   const auto zeros = [&](int64_t numel, at::ScalarType type) {
     return at::zeros({numel}, at::TensorOptions().dtype(type).device(device));
   };
-  s.keys = uninitialised(s.plan.num_keys, wide ? at::kLong : at::kInt, device);
   s.marks = zeros(3 * segments, at::kByte);
   s.energy = zeros(2, at::kDouble);
   auto* marks = static_cast<uint8_t*>(data_of(s.marks));
-  s.bucket.keys = data_of(s.keys);
   s.bucket.used = marks;
   s.bucket.bad = marks + segments;
   s.bucket.outcome = reinterpret_cast<Outcome*>(marks + 2 * segments);
   s.bucket.energy = static_cast<Energy*>(data_of(s.energy));
+  if (s.shared.defined() && s.backend.streams) {
+    s.withheld = zeros(segments, s.shared.scalar_type());
+    s.is_withheld = zeros(segments, at::kBool);
+    s.bucket.withheld = data_of(s.withheld);
+    s.bucket.is_withheld = static_cast<uint8_t*>(data_of(s.is_withheld));
+  }
   s.scratch = zeros(s.backend.kernels->scratch_bytes(s.bucket), at::kByte);
   s.bucket.scratch = data_of(s.scratch);
 }
@@ -118,6 +122,15 @@ const T* upload(const std::vector<T>& table, at::Tensor& copy, c10::Device devic
   const auto bytes = static_cast<int64_t>(table.size() * sizeof(T));
   copy = at::from_blob(const_cast<T*>(table.data()), {bytes}, at::kByte).to(device);
   return static_cast<const T*>(copy.const_data_ptr());
+}
+
+// Puts the first element of h in its place where NaN stands for it in `old`: see
+// Kernels::publish().
+void give_back(at::Tensor& h, const Segment& here, const BucketState& old, int64_t there) {
+  if (!h.defined() || !old.withheld.defined() || here.numel == 0) return;
+  at::Tensor first = h.narrow(0, here.offset, 1);
+  first.copy_(
+      at::where(old.is_withheld.narrow(0, there, 1), old.withheld.narrow(0, there, 1), first));
 }
 
 void check(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters,
@@ -251,15 +264,17 @@ void StateStore::describe(BucketState& s) const {
   b.num_segments = static_cast<int64_t>(s.plan.segments.size());
   b.num_dense = std::count_if(s.plan.segments.begin(), s.plan.segments.end(),
                               [](const Segment& segment) { return !segment.compressed(); });
+  b.num_large = s.plan.num_large;
   b.pieces = s.pieces.data();
   b.num_pieces = static_cast<int64_t>(s.pieces.size());
+  b.splits_rows = splits_rows(s.pieces, s.plan.segments);
   b.numel = s.plan.numel;
   b.gradient_type = s.plan.types.gradient;
   b.state_type = s.plan.types.state;
   b.wire_type = s.plan.types.wire;
   b.feedback = config_.feedback;
   b.eta = config_.eta;
-  b.sketch_dim = config_.sketch_dim;
+  b.sketch_dim = s.compressor->sketches() ? config_.sketch_dim : 0;
   b.world_size = world_size_;
   b.wire_scale = wire_scale(b.wire_type, *s.compressor, world_size_);
 }
@@ -300,6 +315,7 @@ void StateStore::move_in(BucketState& bucket) {
       carry(bucket.own_a, here.offset, old.own_a, there, here.numel);
       carry(bucket.own_b, here.offset, old.own_b, there, here.numel);
       carry(bucket.shared, here.offset, old.shared, there, here.numel);
+      give_back(bucket.shared, here, old, place->second.index);
       if (i == 0) {
         bucket.exchanges = old.exchanges;
         bucket.compressed = old.compressed;

@@ -39,7 +39,7 @@ struct BucketState {
   std::vector<at::Tensor> gradient, first, second, message;
   std::vector<std::vector<at::Tensor>> gathered_parts;
   at::Tensor gathered;
-  at::Tensor keys, picks, marks, scratch;
+  at::Tensor picks, marks, scratch, withheld, is_withheld;
   at::Tensor energy;                      // an Energy, as two doubles
   at::Tensor segment_table, piece_table;  // of a device with a memory of its own
 

@@ -32,24 +32,30 @@ struct Segment {
   int64_t flag;     // compressed: its place among the flags
   int64_t sketch;   // compressed: its m x r sketch in the first payload (row-major)
   int64_t packed;   // its K x n rows, or its dense copy, in the payload that carries them
-  int64_t key;      // compressed: its m scores
+  int64_t key;      // compressed: its m rows among those of all compressed segments
   int64_t pick;     // compressed: its K selected rows
+  int64_t large;    // compressed, of more than kManyRows rows: its place among such
   uint32_t stream;  // tells the tensors of one bucket apart in Rand-K's random numbers
   bool dense_in_first;  // dense: rides in the first payload (work type), not the second
 
   constexpr bool compressed() const { return kept > 0; }
+  constexpr bool has_many_rows() const;
 };
+// More rows than one block of a device should select from alone.
+constexpr int64_t kManyRows = 1 << 16;
+constexpr bool Segment::has_many_rows() const { return compressed() && rows > kManyRows; }
 
 // A part of one segment: the unit in which work is shared out between threads or blocks. About
 // equal numbers of elements each, whatever the shapes. Whole rows, unless the device splits long
-// ones: then columns [col_begin, col_end) of a single row.
+// ones: then columns [col_begin, col_end) of a single row. Small, for a device keeps thousands.
 struct Piece {
-  int64_t segment;
-  int64_t row_begin;
-  int64_t row_end;
-  int64_t col_begin;
-  int64_t col_end;
+  uint32_t segment;
+  uint32_t row_begin;
+  uint32_t row_end;
+  uint32_t col_begin;
+  uint32_t col_end;
 };
+constexpr int64_t kMostRows = 0xFFFFFFFF;  // and columns that a piece can name
 
 // How a device wants its pieces.
 struct Grain {
@@ -70,8 +76,10 @@ struct Bucket {
   const Segment* segments;
   int64_t num_segments;
   int64_t num_dense;  // segments that stay dense
+  int64_t num_large;  // segments of more than kManyRows rows
   const Piece* pieces;
   int64_t num_pieces;
+  bool splits_rows;  // some piece is a part of a row
   int64_t numel;
 
   DType gradient_type;
@@ -79,7 +87,7 @@ struct Bucket {
   DType wire_type;
   FeedbackKind feedback;
   double eta;
-  int64_t sketch_dim;  // r
+  int64_t sketch_dim;  // r; 0 for a compressor that makes no sketch
 
   void* gradient;  // gradient_type: the bucket itself; also where the result goes when h is not it
   void* own_a;     // state_type: see feedback.h
@@ -102,8 +110,11 @@ struct Bucket {
   uint8_t* used;     // a segment each: this rank's gradient has a non-zero element
   uint8_t* bad;      // a segment each: this rank's message has a non-finite element
   Outcome* outcome;  // a segment each
-  void* keys;        // uint32 (uint64 for double): scores as unsigned integers of the same order
   void* scratch;     // Kernels::scratch_bytes(), zero before the first step
+
+  // Where the host cannot know the outcome, a segment each: see Kernels::publish().
+  void* withheld;        // state_type: the first element of h, while NaN stands in its place
+  uint8_t* is_withheld;  // whether it does
 
   int world_size;
   // Wire values are X_i * wire_scale: 1, or for fp16 a power of two that keeps the sum of all ranks
@@ -133,6 +144,15 @@ struct Keys {
   uint64_t seed = 0;
   uint64_t step = 0;
 };
+
+// How many rows the compressed segments have together: each has a key to be selected by.
+inline int64_t num_keys(const Bucket& b) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < b.num_segments; ++i) {
+    if (b.segments[i].compressed()) count = b.segments[i].key + b.segments[i].rows;
+  }
+  return count;
+}
 
 // The messages of all ranks after an all-gather, `stride` bytes apart from `data`. `own` is where
 // this rank's lies, for the places of flags, picks, values and dense tensors within a message.
@@ -198,7 +218,10 @@ class Kernels {
   virtual void apply(const Bucket& b, const Gathered* gathered) const = 0;
   // Only feedback with a shared estimate, after apply() or blend(): whether the result is to be
   // taken from `gradient`, as it was put there (h, or NaN where the outcome is non-finite), rather
-  // than from h as it lies.
+  // than from h as it lies. Handing out h saves the pass that would copy it. A device whose host
+  // does not know the outcome says so with NaN in the first element of h, keeps that element in
+  // withheld[] and puts it back at the beginning of the bucket's next step; whoever else reads h
+  // has to look there.
   virtual bool publish(const Bucket& b) const = 0;
 
   // --- steps whose mean gradient is dense: `gradient` is averaged in place ----------------------

@@ -100,6 +100,14 @@ ARC_TOPK_HD Key<T> key_of(T x) {
   return bits_of(x) & (~Key<T>{0} >> 1);
 }
 
+// The number that has this key and is not negative.
+template <class T>
+ARC_TOPK_HD T number_of(Key<T> key) {
+  T x;
+  memcpy(&x, &key, sizeof(T));
+  return x;
+}
+
 template <class T>
 ARC_TOPK_HD bool is_finite(T x) {
   return key_of(x) < (sizeof(T) == 4 ? Key<T>{0x7F800000u} : static_cast<Key<T>>(0x7FFull << 52));

@@ -111,7 +111,7 @@ class BucketInMemory {
  public:
   explicit BucketInMemory(const BucketSpec& spec) : spec(spec), random_(7) {
     const DType work = work_type(spec.gradient);
-    int64_t dense = 0, first = 0, second = 0, flags = 0, keys = 0, picks = 0, numel = 0;
+    int64_t dense = 0, large = 0, first = 0, second = 0, flags = 0, keys = 0, picks = 0, numel = 0;
     for (const Tensor& tensor : spec.tensors) {
       Segment s{};
       s.offset = numel;
@@ -131,6 +131,7 @@ class BucketInMemory {
         first += s.rows * spec.sketch_dim;
         second += s.kept * s.cols;
         keys += s.rows;
+        if (s.has_many_rows()) s.large = large++;
         picks += s.kept;
       } else {
         int64_t& at = s.dense_in_first ? first : second;
@@ -140,7 +141,9 @@ class BucketInMemory {
       const auto index = static_cast<int64_t>(segments.size());
       const int64_t rows = std::max<int64_t>(1, spec.piece_numel / s.cols);
       for (int64_t row = 0; row < s.rows; row += rows) {
-        pieces.push_back({index, row, std::min(row + rows, s.rows), 0, s.cols});
+        pieces.push_back({static_cast<uint32_t>(index), static_cast<uint32_t>(row),
+                          static_cast<uint32_t>(std::min(row + rows, s.rows)), 0,
+                          static_cast<uint32_t>(s.cols)});
       }
       segments.push_back(s);
       dense += !s.compressed();
@@ -150,6 +153,7 @@ class BucketInMemory {
     b.segments = segments.data();
     b.num_segments = static_cast<int64_t>(segments.size());
     b.num_dense = dense;
+    b.num_large = large;
     b.pieces = pieces.data();
     b.num_pieces = static_cast<int64_t>(pieces.size());
     b.numel = numel;
@@ -171,7 +175,9 @@ class BucketInMemory {
     b.used = static_cast<uint8_t*>(bytes(b.num_segments));
     b.bad = static_cast<uint8_t*>(bytes(b.num_segments));
     b.outcome = static_cast<Outcome*>(bytes(b.num_segments));
-    b.keys = bytes(keys * (work == DType::kF64 ? 8 : 4));
+    b.withheld = bytes(b.num_segments * size_of(spec.state));
+    b.is_withheld = static_cast<uint8_t*>(bytes(b.num_segments));
+    b.scratch = bytes(keys * (work == DType::kF64 ? 8 : 4));  // the CPU's: its keys
     b.energy = &energy;
     b.world_size = spec.world_size;
     b.wire_scale = spec.wire_scale;
@@ -198,6 +204,13 @@ class BucketInMemory {
   double first(int64_t i) const { return get(work_type(b.gradient_type), b.first, i); }
   double second(int64_t i) const { return get(b.wire_type, b.second, i); }
   void set_gradient(int64_t i, double x) { set(b.gradient_type, b.gradient, i, x); }
+
+  // Another gradient.
+  void refill(unsigned seed) {
+    std::mt19937 random(seed);
+    for (int64_t i = 0; i < b.numel; ++i)
+      set_gradient(i, std::normal_distribution<double>()(random));
+  }
 
   // Distinct ascending picks of every compressed tensor.
   void pick_at_random() {

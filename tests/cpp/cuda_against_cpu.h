@@ -17,11 +17,14 @@ class Difference : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A bucket with the pieces and the scratch memory of the CUDA kernels.
+// A bucket with the pieces and the scratch memory that some kernels want, by default CUDA's.
 class CudaBucket : public BucketInMemory {
  public:
   explicit CudaBucket(const BucketSpec& spec);
-  CudaBucket(const BucketSpec& spec, Grain grain);
+  CudaBucket(const BucketSpec& spec, const Kernels& kernels);
+
+  // h, whatever stands in its place.
+  double estimate(int64_t i) const;
 
  private:
   std::vector<uint64_t> scratch_;
@@ -55,7 +58,8 @@ struct Pair {
   // Sums that are made in another order.
   void expect_close_first(const char* when) const;
   void expect_close_energy(const char* when) const;
-  // What the caller gets, from where either says that it lies.
+  // What DDP is handed, from where either says that it lies. Of a tensor that is not finite all is
+  // NaN, or the first element of h.
   void expect_same_result(const char* when) const;
 
   const Kernels& kernels;
@@ -70,9 +74,10 @@ void set_flags(const Bucket& b);
 
 using Change = std::function<void(BucketInMemory&)>;
 
-// A step of ARC-Top-K. `change` is what is done to both buckets before.
-void sketched_step(const BucketSpec& spec, const Kernels& kernels, const Change& change);
+// Two steps of ARC-Top-K: what the first has withheld is there again in the second. `change` is
+// what is done to both buckets before.
+void sketched_steps(const BucketSpec& spec, const Kernels& kernels, const Change& change);
 // A step of Rand-K, whose payload goes out before anybody knows what the other ranks have.
-void random_step(const BucketSpec& spec, const Kernels& kernels, const Change& change);
+void random_step(BucketSpec spec, const Kernels& kernels, const Change& change);
 
 }  // namespace arc_topk::testing

@@ -27,9 +27,9 @@ class HostBlock {
     decltype(auto) operator[](int t) { return values[static_cast<size_t>(t)]; }
   };
 
-  HostBlock(int64_t index, int64_t count) : index_(index), count_(count) {}
+  HostBlock(int64_t index, int64_t blocks) : index_(index), blocks_(blocks) {}
   int64_t index() const { return index_; }
-  int64_t count() const { return count_; }
+  int64_t blocks() const { return blocks_; }
   template <class F>
   void each(const F& f) const {
     for (int t = 0; t < kCount; ++t) f(t);
@@ -44,6 +44,9 @@ class HostBlock {
   }
   bool any(Each<bool>& x) const {
     return std::find(x.values.begin(), x.values.end(), true) != x.values.end();
+  }
+  int count(Each<bool>& x) const {
+    return static_cast<int>(std::count(x.values.begin(), x.values.end(), true));
   }
   // Lane by lane as shuffles do it: the same order of additions.
   template <class T, int kSums>
@@ -65,7 +68,7 @@ class HostBlock {
 
  private:
   const int64_t index_;
-  const int64_t count_;
+  const int64_t blocks_;
 };
 
 // Blocks in an order that no kernel may rely on.

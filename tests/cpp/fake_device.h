@@ -145,6 +145,12 @@ class FakeGuard final : public c10::impl::DeviceGuardImplInterface {
   static inline int64_t made_ = 0;
 };
 
+// Makes the device known to c10, once.
+inline void register_fake_device() {
+  static FakeGuard guard;
+  static const c10::impl::DeviceGuardImplRegistrar registrar(kFake, &guard);
+}
+
 // The CPU's kernels, noting the stream they were told and the bucket they work on.
 class NotingKernels final : public Kernels {
  public:

@@ -104,6 +104,7 @@ struct CountElements {
 };
 
 // Those of picked rows, and their places in the payload.
+template <int kVector>
 struct CountPicked {
   static constexpr int kThreads = cuda::kThreads;
   struct Shared {};
@@ -117,9 +118,11 @@ struct CountPicked {
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
     if (!s.compressed()) return;
-    cuda::for_picked(block, b, s, p, [&](int64_t element, int64_t place) {
-      if (element >= 0) elements->add(element);
-      places->add(place);
+    cuda::for_picked<kVector>(block, b, s, p, [&](int, cuda::Run run, cuda::Run to) {
+      for (int j = 0; j < kVector; ++j) {
+        if (run.has(j)) elements->add(run.index + j);
+        if (to.has(j)) places->add(to.index + j);
+      }
     });
   }
 };
@@ -132,6 +135,7 @@ void expect_each_element_once(const CudaBucket& x) {
   elements.expect(once, "with vectors of " + std::to_string(kVector) + ", element");
 }
 
+template <int kVector>
 void expect_picked_rows_once(const CudaBucket& x) {
   Counts elements(x.b.numel), places(x.second_numel);
   Counts expected_elements(x.b.numel), expected_places(x.second_numel);
@@ -143,7 +147,8 @@ void expect_picked_rows_once(const CudaBucket& x) {
       for (int64_t i = k * s.cols; i < (k + 1) * s.cols; ++i) expected_places.add(s.packed + i);
     }
   }
-  HostLauncher().launch(x.b, "count", CountPicked{x.b, &elements, &places}, x.b.num_pieces);
+  HostLauncher().launch(x.b, "count", CountPicked<kVector>{x.b, &elements, &places},
+                        x.b.num_pieces);
   elements.expect(expected_elements, "of picked rows, element");
   places.expect(expected_places, "of picked rows, place");
 }
@@ -170,7 +175,7 @@ ARC_TOPK_FOR_PYTHON bool arc_topk_compare_steps(const Layout* layout, char* mess
   return succeeds(message, size, [&] {
     const BucketSpec spec = spec_of(*layout);
     const auto change = [&](BucketInMemory& x) { fill(*layout, x); };
-    sketched_step(spec, CudaOnHost(), change);
+    sketched_steps(spec, CudaOnHost(), change);
     random_step(spec, CudaOnHost(), change);
   });
 }
@@ -183,7 +188,8 @@ ARC_TOPK_FOR_PYTHON bool arc_topk_count_coverage(const Layout* layout, char* mes
     expect_each_element_once<4>(x);
     expect_each_element_once<8>(x);
     x.pick_at_random();
-    expect_picked_rows_once(x);
+    expect_picked_rows_once<2>(x);
+    expect_picked_rows_once<4>(x);
   });
 }
 

@@ -25,14 +25,13 @@ struct Extent {
         second = std::max(second, s.packed + s.kept * s.cols);
         flags = std::max(flags, s.flag + 1);
         picks = std::max(picks, s.pick + s.kept);
-        keys = std::max(keys, s.key + s.rows);
       } else {
         int64_t& numel = s.dense_in_first ? first : second;
         numel = std::max(numel, s.packed + s.numel);
       }
     }
   }
-  int64_t first = 0, second = 0, flags = 0, picks = 0, keys = 0;
+  int64_t first = 0, second = 0, flags = 0, picks = 0;
 };
 
 // f(pointer, bytes) for all of a bucket's.
@@ -57,8 +56,9 @@ void for_arrays(Bucket& b, const Extent& n, int64_t scratch_bytes, const F& f) {
   f(b.used, table(b.num_segments, b.used));
   f(b.bad, table(b.num_segments, b.bad));
   f(b.outcome, table(b.num_segments, b.outcome));
-  f(b.keys, numel(n.keys, work));  // as wide as the type of the scores
   f(b.scratch, scratch_bytes);
+  f(b.withheld, numel(b.num_segments, b.state_type));
+  f(b.is_withheld, table(b.num_segments, b.is_withheld));
 }
 
 }  // namespace

@@ -587,8 +587,8 @@ TEST(CpuPrepare, FusedLoopNeverStoresANonFiniteState) {
 // -------------------------------------------------------------------------------------------
 
 double key(const BucketInMemory& x, int64_t i) {
-  return x.b.gradient_type == kF64 ? static_cast<const double*>(x.b.keys)[i]
-                                   : static_cast<const float*>(x.b.keys)[i];
+  return x.b.gradient_type == kF64 ? static_cast<const double*>(x.b.scratch)[i]
+                                   : static_cast<const float*>(x.b.scratch)[i];
 }
 
 TEST(CpuScore, IsTheSketchsSquaredLength) {
@@ -651,9 +651,9 @@ TEST(CpuRandomize, IsTheGeneratorsWords) {
         for (int64_t row = 0; row < s.rows; ++row) {
           const uint32_t word = selection_keys(row / 4, s.stream, 11, 22).word[row % 4];
           if (type == kF64) {
-            ASSERT_EQ(static_cast<const uint64_t*>(x.b.keys)[s.key + row], word) << table->isa;
+            ASSERT_EQ(static_cast<const uint64_t*>(x.b.scratch)[s.key + row], word) << table->isa;
           } else {
-            ASSERT_EQ(static_cast<const uint32_t*>(x.b.keys)[s.key + row], word) << table->isa;
+            ASSERT_EQ(static_cast<const uint32_t*>(x.b.scratch)[s.key + row], word) << table->isa;
           }
         }
       }

@@ -139,7 +139,7 @@ void spoil(BucketInMemory& x) {
 // --- steps ---------------------------------------------------------------------------------------
 
 TEST_P(CudaKernels, AStepIsTheCpus) {
-  for_all_specs([&](BucketSpec spec) { testing::sketched_step(spec, kernels, spoil); });
+  for_all_specs([&](BucketSpec spec) { testing::sketched_steps(spec, kernels, spoil); });
 }
 
 TEST_P(CudaKernels, ABucketOfOneLargeAndManySmallMatrices) {
@@ -170,6 +170,7 @@ TEST_P(CudaKernels, MagnitudesAreSelectedAsTheCpuDoes) {
       BucketSpec spec;
       spec.gradient = spec.state = spec.wire = type;
       spec.feedback = feedback;
+      spec.sketch_dim = 0;
       spec.tensors = {{70001, 1, 7001}, {500, 1, 50}, {90000, 1, 90000}, {66000, 1, 1}};
       Pair x(spec, kernels);
       for (CudaBucket* bucket : {&x.host, &x.cuda}) {
@@ -195,6 +196,7 @@ TEST_P(CudaKernels, GatheredMessagesAreAveragedAsByTheCpu) {
       const int64_t kept = tensor.kept == 0 ? 0 : std::max<int64_t>(1, tensor.numel / 10);
       tensor = {tensor.numel, 1, kept, tensor.dense_in_first};
     }
+    spec.sketch_dim = 0;
     Pair x(spec, kernels);
     const DType work = work_type(spec.gradient);
     int64_t picks = 0, flags = 0;
@@ -284,6 +286,12 @@ TEST_P(CudaKernels, BlendIsTheCpus) {
     kernels.blend(x.cuda.b);
     x.expect_same_state("blend");
     x.expect_same_result("blend");
+    x.host.refill(5);
+    x.cuda.refill(5);
+    cpu_kernels().blend(x.host.b);
+    kernels.blend(x.cuda.b);
+    x.expect_same_state("blend after what was not finite");
+    x.expect_same_result("blend after what was not finite");
   }
 }
 

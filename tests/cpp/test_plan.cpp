@@ -1,6 +1,7 @@
 // The plan: what is compressed, and that everything in the payloads has a place of its own.
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <vector>
 
 #include "compress/compressor.h"
@@ -120,6 +121,16 @@ TEST(Plan, WhatATensorCostsDoesNotDependOnItsBucket) {
       }
     }
   }
+}
+
+TEST(Plan, ATensorOfTooManyRowsIsRefused) {
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  EXPECT_EQ(plan_of({}, {matrix(most, 64)}).segments[0].rows, most);
+  EXPECT_EQ(plan_of({}, {vector(kMostRows)}).segments[0].rows, kMostRows);
+  EXPECT_EQ(plan_of({}, {matrix(2, kMostRows)}).segments[0].cols, kMostRows);
+  EXPECT_THROW(plan_of({}, {matrix(most + 1, 64)}), std::invalid_argument);
+  EXPECT_THROW(plan_of({}, {vector(kMostRows + 1)}), std::invalid_argument);
+  EXPECT_THROW(plan_of({}, {matrix(2, kMostRows + 1)}), std::invalid_argument);
 }
 
 TEST(Plan, ADenseBucketIsItsOwnPayload) {

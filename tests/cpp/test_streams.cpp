@@ -31,8 +31,7 @@ struct OneBucket {
 class StreamsTest : public ::testing::Test {
  protected:
   StreamsTest() {
-    static FakeGuard guard;
-    static const c10::impl::DeviceGuardImplRegistrar registrar(kFake, &guard);
+    testing::register_fake_device();
     static const NotingKernels kernels;
     set_backend(c10::kCPU, {&kernels, fake_device()});
     journal().clear();

@@ -155,7 +155,7 @@ inline double apply_gathered(const Bucket& b, const Piece& p, const void* messag
     const int64_t picks_at = distance(message, b.picks + s.pick);
     const int64_t values_at = distance(message, b.second) + s.packed * size_of(b.wire_type);
     for (int64_t begin = p.row_begin; begin < p.row_end; begin += kBlock) {
-      const int64_t end = std::min(begin + kBlock, p.row_end);
+      const int64_t end = std::min<int64_t>(begin + kBlock, p.row_end);
       std::fill_n(sum, end - begin, T(0));
       for (int64_t rank = 0; rank < b.world_size; ++rank) {
         const void* theirs = byte_offset(gathered, rank * stride);

@@ -249,10 +249,10 @@ void CpuKernels::pick(const Bucket& b) const {
       const Segment& s = b.segments[i];
       if (!s.compressed() || b.outcome[i] != Outcome::kNormal) continue;
       if (b.gradient_type == DType::kF64) {
-        select_largest(static_cast<const uint64_t*>(b.keys) + s.key, s.rows, s.kept,
+        select_largest(static_cast<const uint64_t*>(b.scratch) + s.key, s.rows, s.kept,
                        b.picks + s.pick);
       } else {
-        select_largest(static_cast<const uint32_t*>(b.keys) + s.key, s.rows, s.kept,
+        select_largest(static_cast<const uint32_t*>(b.scratch) + s.key, s.rows, s.kept,
                        b.picks + s.pick);
       }
     }

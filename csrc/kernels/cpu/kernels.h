@@ -10,7 +10,10 @@ class CpuKernels final : public Kernels {
   explicit CpuKernels(const Rows& rows) : rows_(rows) {}
 
   Grain grain() const override;
-  int64_t scratch_bytes(const Bucket&) const override { return 0; }
+  // The keys that rows are selected by: scores as unsigned integers of the same order.
+  int64_t scratch_bytes(const Bucket& b) const override {
+    return num_keys(b) * size_of(work_type(b.gradient_type));
+  }
   void project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
                uint64_t seed, uint64_t step) const override;
   void prepare(const Bucket& b, const Projection* v) const override;

@@ -168,7 +168,7 @@ inline double score(const Bucket& b, const Piece& p) {
   return with_work_type(b, [&]<class T>(T) {
     const Segment& s = segment_of(b, p);
     const T* sketch = static_cast<const T*>(b.first) + s.sketch;
-    auto* keys = static_cast<Key<T>*>(b.keys) + s.key;
+    auto* keys = static_cast<Key<T>*>(b.scratch) + s.key;
     const T mean = static_cast<T>(1.0 / b.world_size);
     double total = 0;
     for (int64_t row = p.row_begin; row < p.row_end; ++row) {
@@ -187,7 +187,7 @@ inline double score(const Bucket& b, const Piece& p) {
 inline void randomize(const Bucket& b, const Piece& p, uint64_t seed, uint64_t step) {
   with_work_type(b, [&]<class T>(T) {
     const Segment& s = segment_of(b, p);
-    auto* keys = static_cast<Key<T>*>(b.keys) + s.key;
+    auto* keys = static_cast<Key<T>*>(b.scratch) + s.key;
     constexpr int64_t kGroups = kChunk / 4;
     uint32_t word[kGroups][4];
     for (int64_t first = p.row_begin / 4; first * 4 < p.row_end; first += kGroups) {
@@ -195,8 +195,8 @@ inline void randomize(const Bucket& b, const Piece& p, uint64_t seed, uint64_t s
         const Philox block = selection_keys(static_cast<uint32_t>(first + i), s.stream, seed, step);
         for (int j = 0; j < 4; ++j) word[i][j] = block.word[j];
       }
-      const int64_t begin = std::max(p.row_begin, first * 4);
-      const int64_t end = std::min(p.row_end, first * 4 + kChunk);
+      const int64_t begin = std::max<int64_t>(p.row_begin, first * 4);
+      const int64_t end = std::min<int64_t>(p.row_end, first * 4 + kChunk);
       for (int64_t row = begin; row < end; ++row) keys[row] = (&word[0][0])[row - first * 4];
     }
   });
@@ -205,7 +205,7 @@ inline void randomize(const Bucket& b, const Piece& p, uint64_t seed, uint64_t s
 inline void magnitudes(const Bucket& b, const Piece& p) {
   with_feedback(b, [&]<class F, class T>(const F& feedback, T) {
     const Segment& s = segment_of(b, p);
-    auto* keys = static_cast<Key<T>*>(b.keys) + s.key;
+    auto* keys = static_cast<Key<T>*>(b.scratch) + s.key;
     Buffers<T> buffers;
     for_chunks(range_of(b, p), [&](int64_t i, int64_t n) {
       const Elements<T> e = load_elements<F>(b, i, n, buffers);

@@ -1,7 +1,8 @@
 // What came back from the wire, into the shared estimate and DDP's bucket. The host does not know
-// what became of a tensor, so the result is written here in any case: h or C, or NaN.
+// what became of a tensor, so the result is made here in any case: h or C, or NaN.
 #pragma once
 
+#include "kernels/cuda/estimate.h"
 #include "kernels/cuda/pack.h"
 
 namespace arc_topk::cuda {
@@ -83,6 +84,9 @@ struct MarkDense {
     const Scratch scratch(b);
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
+    block.each([&](int t) {
+      if (t == 0 && is_first(p)) give_back(b, p.segment);
+    });
     if (!s.compressed()) {
       const Range range = range_of(s, p);
       for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
@@ -95,7 +99,7 @@ struct MarkDense {
         }
       });
     }
-    if (!is_last(block, scratch.counters, 1, static_cast<uint32_t>(block.count()), shared.last))
+    if (!is_last(block, scratch.counters, 1, static_cast<uint32_t>(block.blocks()), shared.last))
       return;
     block.each([&](int t) {
       for (int64_t i = t; i < b.num_segments; i += kThreads) {
@@ -116,7 +120,7 @@ struct Apply {
   static constexpr int kVector = kVectorOf<T>;
   using Squares = Sums<double, 1>;
   struct Shared {
-    int32_t place[kGrain];  // of each row of the piece among the picked ones, or -1
+    int16_t place[kGrain];  // of each row of the piece among its picked ones, or -1
     Squares warps[kWarp];
   };
 
@@ -131,10 +135,14 @@ struct Apply {
     const Segment& s = b.segments[p.segment];
     const Range range = range_of(s, p);
     const Outcome outcome = b.outcome[p.segment];
-    if (!s.compressed()) {
+    if (outcome == Outcome::kNonFinite && (s.compressed() || shares_estimate(b.feedback))) {
+      apply_nan(block, p, range);
+    } else if (!s.compressed()) {
       apply_dense(block, s, range, outcome);
-    } else if (outcome != Outcome::kNormal) {
-      apply_nothing(block, range, outcome);
+    } else if (outcome == Outcome::kUnused) {
+      apply_nothing(block, range);
+    } else if (hands_out_estimate(b)) {
+      add_rows(block, shared, s, p);
     } else {
       apply_rows(block, shared, s, p, range);
     }
@@ -142,13 +150,7 @@ struct Apply {
 
  private:
   ARC_TOPK_DEVICE void publish(Run run, const T (&x)[kVector]) const {
-    Array<AnyType>(b.gradient, b.gradient_type).store(run, x);
-  }
-  ARC_TOPK_DEVICE void publish_nan(Run run) const {
-    T x[kVector];
-    ARC_TOPK_UNROLL
-    for (int j = 0; j < kVector; ++j) x[j] = static_cast<T>(numbers::float_of(0x7FC00000u));
-    publish(run, x);
+    if (!hands_out_estimate(b)) Array<AnyType>(b.gradient, b.gradient_type).store(run, x);
   }
   // As it is once stored, so that the result is h to the bit.
   ARC_TOPK_DEVICE void store_estimate(Run run, T (&h)[kVector]) const {
@@ -156,6 +158,22 @@ struct Apply {
     shared.store(run, h);
     ARC_TOPK_UNROLL
     for (int j = 0; j < kVector; ++j) h[j] = shared.rounded(h[j]);
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void apply_nan(Block& block, const Piece& p, Range range) const {
+    if (hands_out_estimate(b)) {
+      block.each([&](int t) {
+        if (t == 0 && is_first(p)) withhold(b, p.segment);
+      });
+      return;
+    }
+    for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
+      T x[kVector];
+      ARC_TOPK_UNROLL
+      for (int j = 0; j < kVector; ++j) x[j] = static_cast<T>(numbers::float_of(0x7FC00000u));
+      publish(run, x);
+    });
   }
 
   template <class Block>
@@ -167,7 +185,6 @@ struct Apply {
         mean.load(b, s, run, x);
         return publish(run, x);
       }
-      if (outcome == Outcome::kNonFinite) return publish_nan(run);
       T h[kVector];
       Array<AnyType>(b.shared, b.state_type).load(run, h);
       // The momentum of a tensor that nobody used stays; without momentum h is the mean, zero or
@@ -183,19 +200,45 @@ struct Apply {
   }
 
   template <class Block>
-  ARC_TOPK_DEVICE void apply_nothing(Block& block, Range range, Outcome outcome) const {
+  ARC_TOPK_DEVICE void apply_nothing(Block& block, Range range) const {
+    if (hands_out_estimate(b)) return;
     for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
-      if (outcome == Outcome::kNonFinite) return publish_nan(run);
       T h[kVector] = {};
       if (shares_estimate(b.feedback)) Array<AnyType>(b.shared, b.state_type).load(run, h);
       publish(run, h);
     });
   }
 
+  // h += C, where h is the result: nothing but the picked rows is touched.
+  template <class Block>
+  ARC_TOPK_DEVICE void add_rows(Block& block, Shared& shared, const Segment& s,
+                                const Piece& p) const {
+    const Array<AnyType> estimate(b.shared, b.state_type);
+    const Array<AnyType> payload(b.second, b.wire_type);
+    typename Block::template Each<Squares> squares;
+    block.each([&](int t) { squares[t] = {}; });
+    for_picked<kVector>(block, b, s, p, [&](int t, Run run, Run from) {
+      T h[kVector];
+      T c[kVector];
+      estimate.load(run, h);
+      payload.load(from, c);
+      ARC_TOPK_UNROLL
+      for (int j = 0; j < kVector; ++j) {
+        c[j] = c[j] * mean.second_factor;
+        h[j] = h[j] + c[j];
+        if (run.has(j))
+          squares[t].value[0] += static_cast<double>(c[j]) * static_cast<double>(c[j]);
+      }
+      estimate.store(run, h);
+    });
+    add_energy(block, shared, squares);
+  }
+
+  // The whole piece into the gradient: C, or h + C in another type than h's.
   template <class Block>
   ARC_TOPK_DEVICE void apply_rows(Block& block, Shared& shared, const Segment& s, const Piece& p,
                                   Range range) const {
-    find_places(block, shared, s, p);
+    const int64_t first_pick = find_places(block, shared, s, p);
     typename Block::template Each<Squares> squares;
     const auto cols = static_cast<uint32_t>(s.cols);
     const int64_t origin = s.offset + p.row_begin * s.cols;
@@ -208,45 +251,57 @@ struct Apply {
         const bool has_h = shares_estimate(b.feedback);
         if (has_h) Array<AnyType>(b.shared, b.state_type).load(run, h);
         bool changed = false;
+        auto local = static_cast<uint32_t>(run.index + run.first - origin);
+        uint32_t row = local / cols, col = local % cols;
         ARC_TOPK_UNROLL
         for (int j = 0; j < kVector; ++j) {
           if (!run.has(j)) continue;
-          const auto local = static_cast<uint32_t>(run.index + j - origin);
-          const int32_t k = shared.place[local / cols];
-          if (k < 0) continue;
-          const T c = mean_of(s, k, local % cols);
-          h[j] = has_h ? h[j] + c : c;
-          changed = true;
-          squares[t].value[0] += static_cast<double>(c) * static_cast<double>(c);
+          if (const int k = shared.place[row]; k >= 0) {
+            const T c = mean_of(s, first_pick + k, col);
+            h[j] = has_h ? h[j] + c : c;
+            changed = true;
+            squares[t].value[0] += static_cast<double>(c) * static_cast<double>(c);
+          }
+          if (++col == cols) {
+            col = 0;
+            ++row;
+          }
         }
         if (has_h && changed) store_estimate(run, h);
         publish(run, h);
       }
     });
+    add_energy(block, shared, squares);
+  }
+
+  // Fills shared.place[]; returns the pick that its numbers count from.
+  template <class Block>
+  ARC_TOPK_DEVICE int64_t find_places(Block& block, Shared& shared, const Segment& s,
+                                      const Piece& p) const {
+    const int32_t* picks = b.picks + s.pick;
+    const PickRange range = picks_of(block, b, s, p);
+    block.each([&](int t) {
+      for (int64_t row = t; row < p.row_end - p.row_begin; row += kThreads) shared.place[row] = -1;
+    });
+    block.sync();
+    block.each([&](int t) {
+      for (int64_t k = range.first + t; k < range.last; k += kThreads)
+        shared.place[picks[k] - p.row_begin] = static_cast<int16_t>(k - range.first);
+    });
+    block.sync();
+    return range.first;
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void add_energy(Block& block, Shared& shared,
+                                  typename Block::template Each<Squares>& squares) const {
     block_sums(block, squares, shared.warps);
     block.each([&](int t) {
       if (t == 0) block.add(&b.energy->captured, squares[t].value[0]);
     });
   }
 
-  template <class Block>
-  ARC_TOPK_DEVICE void find_places(Block& block, Shared& shared, const Segment& s,
-                                   const Piece& p) const {
-    const int32_t* picks = b.picks + s.pick;
-    const int64_t first = first_pick(picks, s.kept, p.row_begin);
-    const int64_t last = first_pick(picks, s.kept, p.row_end);
-    block.each([&](int t) {
-      for (int64_t row = t; row < p.row_end - p.row_begin; row += kThreads) shared.place[row] = -1;
-    });
-    block.sync();
-    block.each([&](int t) {
-      for (int64_t k = first + t; k < last; k += kThreads)
-        shared.place[picks[k] - p.row_begin] = static_cast<int32_t>(k);
-    });
-    block.sync();
-  }
-
-  ARC_TOPK_DEVICE T mean_of(const Segment& s, int32_t k, uint32_t col) const {
+  ARC_TOPK_DEVICE T mean_of(const Segment& s, int64_t k, uint32_t col) const {
     T x[1];
     Array<AnyType>(b.second, b.wire_type).load(Run{s.packed + k * s.cols + col, 0, 1}, x);
     return x[0] * mean.second_factor;
@@ -309,12 +364,13 @@ struct ApplyGathered {
       const int64_t there = shift + rank * gathered.stride;
       const void* picks = byte_offset(static_cast<const void*>(b.picks + s.pick), there);
       const void* values = byte_offset(static_cast<const void*>(b.second), there);
-      const int64_t first = first_unaligned(picks, s.kept, begin - s.offset);
-      const int64_t last = first_unaligned(picks, s.kept, end - s.offset);
+      const auto pick = [&](int64_t k) { return read_unaligned<int32_t>(picks, k); };
+      const int64_t first = count_below(block, s.kept, begin - s.offset, pick);
+      const int64_t last = count_below(block, s.kept, end - s.offset, pick);
       with_type(b.wire_type, [&]<class W>(W) {
         block.each([&](int t) {
           for (int64_t k = first + t; k < last; k += kThreads) {
-            T& sum = shared.sum[s.offset + read_unaligned<int32_t>(picks, k) - begin];
+            T& sum = shared.sum[s.offset + pick(k) - begin];
             sum = sum + widen_to<T>(read_unaligned<W>(values, s.packed + k));
           }
         });
@@ -323,26 +379,13 @@ struct ApplyGathered {
     }
   }
 
-  ARC_TOPK_DEVICE static int64_t first_unaligned(const void* picks, int64_t count, int64_t row) {
-    int64_t at = 0;
-    while (count > 0) {
-      const int64_t half = count / 2;
-      if (read_unaligned<int32_t>(picks, at + half) < row) {
-        at += half + 1;
-        count -= half + 1;
-      } else {
-        count = half;
-      }
-    }
-    return at;
-  }
-
   // One element's mean where it belongs; returns its square.
   ARC_TOPK_DEVICE double put(T sum, int64_t i) const {
     const Bucket& b = apply.b;
     const Run run{i, 0, 1};
     T c[1] = {sum * apply.mean.second_factor};
     const double square = static_cast<double>(c[0]) * static_cast<double>(c[0]);
+    if (hands_out_estimate(b) && sum == 0) return square;  // h stays
     if (shares_estimate(b.feedback)) {
       const Array<AnyType> shared(b.shared, b.state_type);
       T h[1];
@@ -351,7 +394,7 @@ struct ApplyGathered {
       shared.store(run, h);
       c[0] = shared.rounded(h[0]);
     }
-    Array<AnyType>(b.gradient, b.gradient_type).store(run, c);
+    if (!hands_out_estimate(b)) Array<AnyType>(b.gradient, b.gradient_type).store(run, c);
     return square;
   }
 };

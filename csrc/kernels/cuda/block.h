@@ -48,7 +48,7 @@ class DeviceBlock {
   };
 
   ARC_TOPK_DEVICE int64_t index() const { return blockIdx.x; }
-  ARC_TOPK_DEVICE int64_t count() const { return gridDim.x; }
+  ARC_TOPK_DEVICE int64_t blocks() const { return gridDim.x; }
   template <class F>
   ARC_TOPK_DEVICE void each(const F& f) const {
     f(static_cast<int>(threadIdx.x));
@@ -66,6 +66,9 @@ class DeviceBlock {
   }
   // Whether any thread's value is true; also a sync().
   ARC_TOPK_DEVICE bool any(Each<bool>& x) const { return __syncthreads_or(x.value); }
+
+  // How many threads' values are true; also a sync().
+  ARC_TOPK_DEVICE int count(Each<bool>& x) const { return __syncthreads_count(x.value); }
 
   // Every thread gets the sums of its group of `width` neighbours, a power of two up to a warp.
   template <class T, int kSums>

@@ -19,6 +19,7 @@ using numbers::Key;
 using numbers::key_of;
 using numbers::kTypeOf;
 using numbers::narrow_to;
+using numbers::number_of;
 using numbers::widen_to;
 
 template <class T>
@@ -59,6 +60,11 @@ struct Run {
   int last;
 
   ARC_TOPK_DEVICE bool has(int j) const { return j >= first && j < last; }
+  // Those of them that lie before element `end`.
+  ARC_TOPK_DEVICE Run before(int64_t end) const {
+    return {index, first,
+            static_cast<int>(larger<int64_t>(smaller<int64_t>(end - index, last), 0))};
+  }
   // The same elements where they lie in another array.
   ARC_TOPK_DEVICE Run moved(int64_t by) const { return {index + by, first, last}; }
   template <int kVector>

@@ -6,37 +6,40 @@
 
 namespace arc_topk::cuda {
 
-// The first of `count` ascending picks that is not below `row`.
-ARC_TOPK_DEVICE int64_t first_pick(const int32_t* picks, int64_t count, int64_t row) {
-  int64_t at = 0;
-  while (count > 0) {
-    const int64_t half = count / 2;
-    if (picks[at + half] < row) {
-      at += half + 1;
-      count -= half + 1;
-    } else {
-      count = half;
-    }
-  }
-  return at;
+// The picks of a piece: [first, last) of its segment's.
+struct PickRange {
+  int64_t first;
+  int64_t last;
+};
+template <class Block>
+ARC_TOPK_DEVICE PickRange picks_of(Block& block, const Bucket& b, const Segment& s,
+                                   const Piece& p) {
+  const int32_t* picks = b.picks + s.pick;
+  const int64_t first =
+      count_below(block, s.kept, p.row_begin, [&](int64_t k) { return picks[k]; });
+  const int64_t most = smaller<int64_t>(s.kept - first, p.row_end - p.row_begin);
+  return {first,
+          first + count_below(block, most, p.row_end, [&](int64_t k) { return picks[first + k]; })};
 }
 
-// Elements of a piece's picked rows, one thread each: f(element, its place in the payload).
-// Elements beyond the tensor's end, in a short last row, are passed as -1.
-template <class Block, class F>
+// The vectors of a piece's picked rows: f(t, run, to). `run` is what lies within the tensor,
+// which the last row may leave early; `to` is the vector's place in the payload, where rows are
+// whole.
+template <int kVector, class Block, class F>
 ARC_TOPK_DEVICE void for_picked(Block& block, const Bucket& b, const Segment& s, const Piece& p,
                                 const F& f) {
-  const int32_t* picks = b.picks + s.pick;
-  const int64_t first = first_pick(picks, s.kept, p.row_begin);
-  const int64_t last = first_pick(picks, s.kept, p.row_end);
-  const auto cols = static_cast<uint32_t>(p.col_end - p.col_begin);
-  const auto count = static_cast<uint32_t>(last - first) * cols;  // of a piece: far below 2^32
+  const PickRange range = picks_of(block, b, s, p);
+  // A row begins anywhere in a vector.
+  const auto each =
+      static_cast<uint32_t>(divide_up(p.col_end - p.col_begin + kVector - 1, kVector));
+  const auto count = static_cast<uint32_t>(range.last - range.first) * each;  // far below 2^32
   block.each([&](int t) {
-    for (uint32_t i = static_cast<uint32_t>(t); i < count; i += Block::kThreads) {
-      const int64_t k = first + i / cols;
-      const int64_t col = p.col_begin + i % cols;
-      const int64_t element = picks[k] * s.cols + col;
-      f(element < s.numel ? s.offset + element : -1, s.packed + k * s.cols + col);
+    for (auto i = static_cast<uint32_t>(t); i < count; i += Block::kThreads) {
+      const int64_t k = range.first + i / each;
+      const int64_t row = s.offset + (b.picks + s.pick)[k] * s.cols;
+      const Run run = run_of<kVector>(row + p.col_begin, row + p.col_end, i % each);
+      if (run.first < run.last)
+        f(t, run.before(s.offset + s.numel), run.moved(s.packed + k * s.cols - row));
     }
   });
 }
@@ -136,23 +139,21 @@ struct Pack {
   ARC_TOPK_DEVICE void send(Block& block, const Segment& s, const Piece& p, bool prepared) const {
     const State state(b);
     const Array<AnyType> payload(b.second, b.wire_type);
-    for_picked(block, b, s, p, [&](int64_t element, int64_t place) {
-      const Run to{place, 0, 1};
-      T x[1] = {T(0)};
-      if (element < 0) {
-        if (mode != PackMode::kCommit) payload.store(to, x);
-        return;
-      }
-      const Run run{element, 0, 1};
-      Values<T, 1> e;
+    for_picked<kVector>(block, b, s, p, [&](int, Run run, Run to) {
+      Values<T, kVector> e;
+      T x[kVector];
       state.load(run, e);
       message(feedback, state.a, e, prepared, x);
-      T c[1] = {wire.sent(x[0])};
-      if (mode != PackMode::kCommit) payload.store(to, c);
+      ARC_TOPK_UNROLL
+      for (int j = 0; j < kVector; ++j) x[j] = run.has(j) ? wire.sent(x[j]) : T(0);
+      if (mode != PackMode::kCommit) payload.store(to, x);
       if (mode == PackMode::kPayload || kStates == 0) return;
-      const T sent = wire.received(wire.exact ? c[0] : payload.rounded(c[0]));
-      T none = 0;
-      feedback.sent(sent, e.a[0], kStates > 1 ? e.b[0] : none);
+      ARC_TOPK_UNROLL
+      for (int j = 0; j < kVector; ++j) {
+        const T sent = wire.received(wire.exact ? x[j] : payload.rounded(x[j]));
+        T none = 0;
+        feedback.sent(sent, e.a[j], kStates > 1 ? e.b[j] : none);
+      }
       state.a.store(run, e.a);
       if (kStates > 1) state.b.store(run, e.b);
     });

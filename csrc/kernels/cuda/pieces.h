@@ -5,9 +5,8 @@
 
 namespace arc_topk::cuda {
 
-constexpr int64_t kGrain = 8192;        // elements of a piece: one block's share
-constexpr int64_t kManyRows = 1 << 16;  // segments of more rows are selected from by many blocks
-constexpr int kDigitBits = 11;          // of the radix selection
+constexpr int64_t kGrain = 8192;  // elements of a piece: one block's share
+constexpr int kDigitBits = 11;    // of the radix selection
 constexpr int kBins = 1 << kDigitBits;
 
 // Elements [begin, end) of the bucket.
@@ -44,6 +43,26 @@ ARC_TOPK_DEVICE int64_t find_piece(const Bucket& b, int64_t segment, int64_t row
   return begin;
 }
 
+// How many of `count` ascending numbers are less than `bound`; get(i) is number i. All threads look
+// at once, each at the end of another stretch: what one thread would find by ten reads one after
+// the other takes two.
+template <class Block, class Get>
+ARC_TOPK_DEVICE int64_t count_below(Block& block, int64_t count, int64_t bound, const Get& get) {
+  int64_t begin = 0;
+  while (count > begin) {
+    const int64_t stretch = divide_up(count - begin, Block::kThreads);
+    typename Block::template Each<bool> below;
+    block.each([&](int t) {
+      const int64_t first = begin + t * stretch;
+      below[t] = first < count && get(smaller(first + stretch, count) - 1) < bound;
+    });
+    begin += block.count(below) * stretch;
+    if (stretch == 1) break;
+    count = smaller(count, begin + stretch - 1);  // the stretch's last is not below
+  }
+  return smaller(begin, count);
+}
+
 // What a selection by many blocks knows of the K-th largest key of a segment so far.
 struct Search {
   uint64_t known;    // its leading bits
@@ -53,44 +72,54 @@ struct Search {
 };
 
 // Bucket::scratch. All counters are zero between two kernels: whoever comes last sets them back.
+//
+// It is small beside the payloads, so that what a step needs of memory is these: a piece has words
+// of its own only where rows of a sketch are in several pieces, or where many blocks select.
 struct Scratch {
   uint32_t* counters;  // blocks that are through
   uint32_t* used;      // a segment each: marks on their way to used[] or outcome[]
   uint32_t* bad;
   uint32_t* arrived;  // a piece each: columns of the row beginning there that are through
+  void* partial;      // a piece each: sketch_dim sums of a part of a row, in the work type
   uint32_t* above;    // a piece each: keys above the smallest one that is kept, and equal to it
   uint32_t* equal;
-  double* partial;  // a piece each: sketch_dim sums of a part of a row, in the work type
-  Search* searches;
+  Search* searches;  // a segment of many rows each
+  uintptr_t end;
 
   static constexpr int kCounters = 16;
 
-  ARC_TOPK_HD static int64_t header_bytes(const Bucket& b) {
-    const int64_t words = kCounters + 2 * b.num_segments + 3 * b.num_pieces;
-    return divide_up(4 * words, 16) * 16;
+  ARC_TOPK_HD explicit Scratch(const Bucket& b) {
+    const bool parts = b.splits_rows && b.sketch_dim > 0;
+    auto at = reinterpret_cast<uintptr_t>(b.scratch);
+    counters = take<uint32_t>(at, kCounters);
+    used = take<uint32_t>(at, b.num_segments);
+    bad = take<uint32_t>(at, b.num_segments);
+    arrived = take<uint32_t>(at, parts ? b.num_pieces : 0);
+    partial = take<char>(at, parts ? partial_bytes(b) * b.num_pieces : 0);
+    above = take<uint32_t>(at, selects_by_many(b) ? b.num_pieces : 0);
+    equal = take<uint32_t>(at, selects_by_many(b) ? b.num_pieces : 0);
+    searches = take<Search>(at, selects_by_many(b) ? b.num_large : 0);
+    end = at;
   }
   ARC_TOPK_HD static int64_t partial_bytes(const Bucket& b) {
-    return 8 * b.sketch_dim * b.num_pieces;
+    return b.sketch_dim * size_of(work_type(b.gradient_type));
   }
-  ARC_TOPK_HD static int64_t bytes(const Bucket& b, int64_t num_keys) {
-    const auto searches = num_keys / kManyRows + 1;
-    return header_bytes(b) + partial_bytes(b) + searches * static_cast<int64_t>(sizeof(Search));
+  // Scores of a sketch are few: rows of one element would not be worth their sketch.
+  ARC_TOPK_HD static bool selects_by_many(const Bucket& b) {
+    return b.sketch_dim == 0 && b.num_large > 0;
   }
-
-  ARC_TOPK_HD explicit Scratch(const Bucket& b) {
-    counters = static_cast<uint32_t*>(b.scratch);
-    used = counters + kCounters;
-    bad = used + b.num_segments;
-    arrived = bad + b.num_segments;
-    above = arrived + b.num_pieces;
-    equal = above + b.num_pieces;
-    char* behind = static_cast<char*>(b.scratch) + header_bytes(b);
-    partial = reinterpret_cast<double*>(behind);
-    searches = reinterpret_cast<Search*>(behind + partial_bytes(b));
+  static int64_t bytes(Bucket b) {
+    b.scratch = nullptr;
+    return static_cast<int64_t>(Scratch(b).end);
   }
 
-  // Two segments of more than kManyRows rows never begin in the same stretch of kManyRows keys.
-  ARC_TOPK_DEVICE Search& search_of(const Segment& s) const { return searches[s.key / kManyRows]; }
+ private:
+  template <class T>
+  ARC_TOPK_HD static T* take(uintptr_t& at, int64_t count) {
+    T* const taken = reinterpret_cast<T*>(at);
+    at += static_cast<uintptr_t>(divide_up(count * static_cast<int64_t>(sizeof(T)), 16) * 16);
+    return taken;
+  }
 };
 
 }  // namespace arc_topk::cuda

@@ -168,7 +168,7 @@ struct Prepare {
   }
 
   ARC_TOPK_DEVICE T* partial(int64_t piece) const {
-    return reinterpret_cast<T*>(Scratch(b).partial + piece * b.sketch_dim);
+    return static_cast<T*>(Scratch(b).partial) + piece * b.sketch_dim;
   }
 
   template <class Block>
@@ -194,7 +194,7 @@ struct Prepare {
   // The last block knows what became of all of them: this rank's flags.
   template <class Block>
   ARC_TOPK_DEVICE void finish(Block& block, Shared& shared) const {
-    if (!is_last(block, Scratch(b).counters, 1, static_cast<uint32_t>(block.count()), shared.last))
+    if (!is_last(block, Scratch(b).counters, 1, static_cast<uint32_t>(block.blocks()), shared.last))
       return;
     block.each([&](int t) {
       for (int64_t i = t; i < b.num_segments; i += kThreads) {

@@ -3,6 +3,7 @@
 // gradient costs next to nothing.
 #pragma once
 
+#include "kernels/cuda/estimate.h"
 #include "kernels/cuda/pieces.h"
 
 namespace arc_topk::cuda {
@@ -23,12 +24,15 @@ struct Scan {
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
     uint32_t* used = scratch.used + p.segment;
+    block.each([&](int t) {
+      if (t == 0 && is_first(p)) give_back(b, p.segment);
+    });
     if (s.compressed() && !is_known(block, used) && finds(block, range_of(s, p))) {
       block.each([&](int t) {
         if (t == 0) *used = 1;
       });
     }
-    if (!is_last(block, scratch.counters, 1, static_cast<uint32_t>(block.count()), shared.last))
+    if (!is_last(block, scratch.counters, 1, static_cast<uint32_t>(block.blocks()), shared.last))
       return;
     block.each([&](int t) {
       for (int64_t i = t; i < b.num_segments; i += kThreads) {

@@ -21,9 +21,19 @@ ARC_TOPK_DEVICE double exact_mul(double a, double b) { return a * b; }
 ARC_TOPK_DEVICE float exact_add(float a, float b) { return exact::add(a, b); }
 ARC_TOPK_DEVICE float exact_mul(float a, float b) { return exact::mul(a, b); }
 
-// Makes the keys of any row.
+// A thread looks at as many rows at a time, one after the other, as have 32 bytes of keys.
+template <class T>
+constexpr int kRowsOf = 32 / sizeof(T);
+
+// Makes the keys of any rows, whenever they are asked for: to keep them would take as much memory
+// as Top-K's messages do, and reading them as long as making them.
 template <class T>
 struct KeyMaker {
+  static constexpr int kRows = kRowsOf<T>;
+  struct Rows {
+    Key<T> key[kRows];
+  };
+
   Bucket b;
   Keys keys;
   T mean;  // 1 / N
@@ -37,77 +47,99 @@ struct KeyMaker {
         eta(static_cast<T>(bucket.eta)),
         keep(static_cast<T>(1 - bucket.eta)) {}
 
-  // Those of rows [begin, end) by the threads of a block. Adds their scores to sums.
-  template <class Block>
-  ARC_TOPK_DEVICE void make(Block& block, int64_t segment, int64_t begin, int64_t end,
-                            typename Block::template Each<Sums<double, 1>>& sums) const {
+  // Those of `count` rows of a segment, from `row` on.
+  ARC_TOPK_DEVICE Rows make(int64_t segment, int64_t row, int count) const {
     const Segment& s = b.segments[segment];
+    Rows rows;
+    switch (keys.kind) {
+      case Keys::kSketch:
+        scores(s, row, count, rows);
+        break;
+      case Keys::kRandom:
+        random(s, row, count, rows);
+        break;
+      case Keys::kMagnitude:
+        magnitudes(s, row, count, b.used[segment] != 0, rows);
+        break;
+    }
+    return rows;
+  }
+
+  // The threads of a block over rows [begin, end): f(t, key).
+  template <class Block, class F>
+  ARC_TOPK_DEVICE void each(Block& block, int64_t segment, int64_t begin, int64_t end,
+                            const F& f) const {
     block.each([&](int t) {
-      sums[t] = {};
-      if (keys.kind == Keys::kRandom) {
-        for (int64_t i = begin / 4 + t; i * 4 < end; i += Block::kThreads) random(s, i, begin, end);
-        return;
-      }
-      for (int64_t row = begin + t; row < end; row += Block::kThreads) {
-        if (keys.kind == Keys::kSketch) {
-          sums[t].value[0] += score(s, row);
-        } else {
-          magnitude(s, row, b.used[segment] != 0);
+      for (int64_t row = begin + t * kRows; row < end; row += Block::kThreads * kRows) {
+        const auto count = static_cast<int>(smaller<int64_t>(end - row, kRows));
+        const Rows rows = make(segment, row, count);
+        ARC_TOPK_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          if (i < count) f(t, rows.key[i]);
         }
       }
     });
   }
 
  private:
-  ARC_TOPK_DEVICE Key<T>* key_at(const Segment& s, int64_t row) const {
-    return static_cast<Key<T>*>(b.keys) + s.key + row;
-  }
-
-  // Columns in their order, each operation rounded: the same bits on every machine.
-  ARC_TOPK_DEVICE double score(const Segment& s, int64_t row) const {
+  // ||P_j||^2. Columns in their order, each operation rounded: the same bits on every machine.
+  ARC_TOPK_DEVICE void scores(const Segment& s, int64_t row, int count, Rows& rows) const {
     const T* sketch = static_cast<const T*>(b.first) + s.sketch + row * b.sketch_dim;
-    T sum = 0;
+    T sums[kRows] = {};
     for (int64_t k = 0; k < b.sketch_dim; ++k) {
-      const T x = exact_mul(sketch[k], mean);
-      sum = exact_add(sum, exact_mul(x, x));
+      ARC_TOPK_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        if (i >= count) continue;
+        const T x = exact_mul(sketch[i * b.sketch_dim + k], mean);
+        sums[i] = exact_add(sums[i], exact_mul(x, x));
+      }
     }
-    *key_at(s, row) = key_of(sum);
-    return static_cast<double>(sum);
-  }
-
-  ARC_TOPK_DEVICE void random(const Segment& s, int64_t group, int64_t begin, int64_t end) const {
-    const Philox four =
-        selection_keys(static_cast<uint32_t>(group), s.stream, keys.seed, keys.step);
     ARC_TOPK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int64_t row = group * 4 + j;
-      if (row >= begin && row < end) *key_at(s, row) = four.word[j];
+    for (int i = 0; i < kRows; ++i) rows.key[i] = key_of(sums[i]);
+  }
+
+  ARC_TOPK_DEVICE void random(const Segment& s, int64_t row, int count, Rows& rows) const {
+    Philox four;
+    ARC_TOPK_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      if (i >= count) continue;
+      const auto group = static_cast<uint32_t>((row + i) / 4);
+      if (i == 0 || (row + i) % 4 == 0) {
+        four = selection_keys(group, s.stream, keys.seed, keys.step);
+      }
+      const int64_t word = (row + i) % 4;
+      rows.key[i] = word == 0   ? four.word[0]
+                    : word == 1 ? four.word[1]
+                    : word == 2 ? four.word[2]
+                                : four.word[3];
     }
   }
 
-  ARC_TOPK_DEVICE void magnitude(const Segment& s, int64_t row, bool prepared) const {
+  ARC_TOPK_DEVICE void magnitudes(const Segment& s, int64_t row, int count, bool prepared,
+                                  Rows& rows) const {
     switch (b.feedback) {
       case FeedbackKind::kNone:
-        return magnitude_with(NoFeedback{}, s, row, prepared);
+        return magnitudes_with(NoFeedback{}, s, row, count, prepared, rows);
       case FeedbackKind::kEF14:
-        return magnitude_with(EF14{}, s, row, prepared);
+        return magnitudes_with(EF14{}, s, row, count, prepared, rows);
       case FeedbackKind::kEF21:
-        return magnitude_with(EF21{}, s, row, prepared);
+        return magnitudes_with(EF21{}, s, row, count, prepared, rows);
       case FeedbackKind::kEF21M:
-        return magnitude_with(EF21M<T>{eta, keep}, s, row, prepared);
+        return magnitudes_with(EF21M<T>{eta, keep}, s, row, count, prepared, rows);
     }
   }
+  // |X_i|, of segments of one column: rows are elements.
   template <class Feedback>
-  ARC_TOPK_DEVICE void magnitude_with(const Feedback& feedback, const Segment& s, int64_t row,
-                                      bool prepared) const {
+  ARC_TOPK_DEVICE void magnitudes_with(const Feedback& feedback, const Segment& s, int64_t row,
+                                       int count, bool prepared, Rows& rows) const {
     const Arrays<Feedback, AnyType, AnyType> arrays(b);
-    const Run run{s.offset + row, 0, 1};
-    Values<T, 1> e;
-    T x[1];
-    // Of one element: never a vector of 16 bytes.
+    const Run run{s.offset + row, 0, count};
+    Values<T, kRows> e;
+    T x[kRows];
     arrays.load(run, e);
     message(feedback, arrays.a, e, prepared, x);
-    *key_at(s, row) = key_of(x[0]);
+    ARC_TOPK_UNROLL
+    for (int i = 0; i < kRows; ++i) rows.key[i] = key_of(x[i]);
   }
 };
 
@@ -172,29 +204,40 @@ struct Taken {
   uint32_t above;
   uint32_t equal;
 };
-template <class K, class Block>
-ARC_TOPK_DEVICE void take(Block& block, const K* keys, int64_t begin, int64_t end, Taken<K>& taken,
-                          int32_t* picks, uint32_t (&warps)[kWarp]) {
-  constexpr int kEach = 8;  // rows of a thread; fewer than 2^16 of a block
-  for (int64_t first = begin; first < end; first += Block::kThreads * kEach) {
-    typename Block::template Each<uint32_t> before;  // above in the upper half, equal in the lower
-    const auto count = [&](K key) {
+template <class T, class Block>
+ARC_TOPK_DEVICE void take(Block& block, const KeyMaker<T>& maker, int64_t segment, int64_t begin,
+                          int64_t end, Taken<Key<T>>& taken, uint32_t (&warps)[kWarp]) {
+  constexpr int kRows = KeyMaker<T>::kRows;
+  int32_t* picks = maker.b.picks + maker.b.segments[segment].pick;
+  for (int64_t first = begin; first < end; first += Block::kThreads * kRows) {
+    // Those above in the upper half, equal ones in the lower: a block sees fewer than 2^16 rows.
+    typename Block::template Each<uint32_t> before;
+    typename Block::template Each<typename KeyMaker<T>::Rows> rows;
+    const auto count = [&](Key<T> key) {
       return key > taken.threshold ? 1u << 16 : key == taken.threshold ? 1u : 0u;
     };
+    const auto rows_of = [&](int t) {
+      return static_cast<int>(
+          larger<int64_t>(smaller<int64_t>(end - (first + t * kRows), kRows), 0));
+    };
     block.each([&](int t) {
-      const int64_t row = first + t * kEach;
       before[t] = 0;
-      for (int i = 0; i < kEach; ++i) before[t] += row + i < end ? count(keys[row + i]) : 0;
+      if (rows_of(t) == 0) return;
+      rows[t] = maker.make(segment, first + t * kRows, rows_of(t));
+      ARC_TOPK_UNROLL
+      for (int i = 0; i < kRows; ++i) before[t] += i < rows_of(t) ? count(rows[t].key[i]) : 0;
     });
     const uint32_t all = block.exclusive_sums(before, warps);
     block.each([&](int t) {
-      const int64_t row = first + t * kEach;
       uint32_t above = taken.above + (before[t] >> 16);
       uint32_t equal = taken.equal + (before[t] & 0xFFFFu);
-      for (int i = 0; i < kEach && row + i < end; ++i) {
-        const uint32_t one = count(keys[row + i]);
+      ARC_TOPK_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        if (i >= rows_of(t)) continue;
+        const uint32_t one = count(rows[t].key[i]);
         const bool takes = one > 1 || (one == 1 && equal < taken.allowed);
-        if (takes) picks[above + smaller(equal, taken.allowed)] = static_cast<int32_t>(row + i);
+        const auto row = static_cast<int32_t>(first + t * kRows + i);
+        if (takes) picks[above + smaller(equal, taken.allowed)] = row;
         above += one >> 16;
         equal += one & 1;
       }
@@ -218,7 +261,6 @@ struct Select {
   };
 
   KeyMaker<T> maker;
-  bool leaves_large;  // segments of more than kManyRows rows are someone else's
 
   template <class Block>
   ARC_TOPK_DEVICE void operator()(Block& block, Shared& shared) const {
@@ -234,23 +276,31 @@ struct Select {
       b.outcome[segment] = shared.outcome;
     });
     block.sync();
-    if (shared.outcome != Outcome::kNormal || (leaves_large && s.rows > kManyRows)) return;
-
-    typename Block::template Each<Sums<double, 1>> sums;
-    maker.make(block, segment, 0, s.rows, sums);
-    block_sums(block, sums, shared.warps);
+    if (shared.outcome != Outcome::kNormal) return;
     if (maker.keys.kind == Keys::kSketch) {
-      block.each([&](int t) {
-        if (t == 0) block.add(&b.energy->total, sums[t].value[0]);
-      });
+      add_energy(block, shared, segment, s.rows);
+    } else if (s.has_many_rows()) {
+      return;  // for select_many.h
     }
-    pick(block, shared, s);
+    pick(block, shared, segment, s);
   }
 
  private:
   template <class Block>
-  ARC_TOPK_DEVICE void pick(Block& block, Shared& shared, const Segment& s) const {
-    const K* keys = static_cast<const K*>(maker.b.keys) + s.key;
+  ARC_TOPK_DEVICE void add_energy(Block& block, Shared& shared, int64_t segment,
+                                  int64_t rows) const {
+    typename Block::template Each<Sums<double, 1>> sums;
+    block.each([&](int t) { sums[t] = {}; });
+    maker.each(block, segment, 0, rows,
+               [&](int t, K key) { sums[t].value[0] += static_cast<double>(number_of<T>(key)); });
+    block_sums(block, sums, shared.warps);
+    block.each([&](int t) {
+      if (t == 0) block.add(&maker.b.energy->total, sums[t].value[0]);
+    });
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void pick(Block& block, Shared& shared, int64_t segment, const Segment& s) const {
     K known = 0;
     auto left = static_cast<uint32_t>(s.kept);
     for (int from = 8 * sizeof(K); from > 0;) {
@@ -260,10 +310,8 @@ struct Select {
         for (int i = t; i < kBins; i += kThreads) shared.bins[i] = 0;
       });
       block.sync();
-      block.each([&](int t) {
-        for (int64_t row = t; row < s.rows; row += kThreads) {
-          if ((keys[row] & digit.above) == known) block.add(&shared.bins[digit.of(keys[row])], 1);
-        }
+      maker.each(block, segment, 0, s.rows, [&](int, K key) {
+        if ((key & digit.above) == known) block.add(&shared.bins[digit.of(key)], 1);
       });
       block.sync();
       find_bin(
@@ -273,7 +321,7 @@ struct Select {
       block.sync();
     }
     Taken<K> taken{known, left, 0, 0};
-    take(block, keys, 0, s.rows, taken, maker.b.picks + s.pick, shared.found.warps);
+    take(block, maker, segment, 0, s.rows, taken, shared.found.warps);
   }
 };
 

@@ -7,11 +7,7 @@
 
 namespace arc_topk::cuda {
 
-ARC_TOPK_DEVICE bool has_many_rows(const Segment& s) {
-  return s.compressed() && s.rows > kManyRows;
-}
-
-// One digit. The first pass makes the keys.
+// One digit.
 template <class T>
 struct CountDigit {
   static constexpr int kThreads = cuda::kThreads;
@@ -30,14 +26,10 @@ struct CountDigit {
     const Bucket& b = maker.b;
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
-    if (!has_many_rows(s)) return;
-    Search& search = Scratch(b).search_of(s);
+    if (!s.has_many_rows()) return;
+    Search& search = Scratch(b).searches[s.large];
     const bool is_first_digit = from == 8 * sizeof(K);
-    if (is_first_digit) {
-      typename Block::template Each<Sums<double, 1>> sums;
-      maker.make(block, p.segment, p.row_begin, p.row_end, sums);
-    }
-    count(block, shared, s, p, search, is_first_digit ? 0 : static_cast<K>(search.known));
+    count(block, shared, p, search, is_first_digit ? 0 : static_cast<K>(search.known));
     const auto rows = static_cast<uint32_t>(p.row_end - p.row_begin);
     if (!is_last(block, &search.arrived, rows, static_cast<uint32_t>(s.rows), shared.last)) return;
     conclude(block, shared, s, search, is_first_digit);
@@ -45,18 +37,15 @@ struct CountDigit {
 
  private:
   template <class Block>
-  ARC_TOPK_DEVICE void count(Block& block, Shared& shared, const Segment& s, const Piece& p,
-                             Search& search, K known) const {
-    const K* keys = static_cast<const K*>(maker.b.keys) + s.key;
+  ARC_TOPK_DEVICE void count(Block& block, Shared& shared, const Piece& p, Search& search,
+                             K known) const {
     const auto digit = Digit<K>::below(from);
     block.each([&](int t) {
       for (int i = t; i < kBins; i += kThreads) shared.bins[i] = 0;
     });
     block.sync();
-    block.each([&](int t) {
-      for (int64_t row = p.row_begin + t; row < p.row_end; row += kThreads) {
-        if ((keys[row] & digit.above) == known) block.add(&shared.bins[digit.of(keys[row])], 1);
-      }
+    maker.each(block, p.segment, p.row_begin, p.row_end, [&](int, K key) {
+      if ((key & digit.above) == known) block.add(&shared.bins[digit.of(key)], 1);
     });
     block.sync();
     block.each([&](int t) {
@@ -92,23 +81,21 @@ struct CountTaken {
     Two warps[kWarp];
   };
 
-  Bucket b;
+  KeyMaker<T> maker;
 
   template <class Block>
   ARC_TOPK_DEVICE void operator()(Block& block, Shared& shared) const {
+    const Bucket& b = maker.b;
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
-    if (!has_many_rows(s)) return;
+    if (!s.has_many_rows()) return;
     const Scratch scratch(b);
-    const auto threshold = static_cast<K>(scratch.search_of(s).known);
-    const K* keys = static_cast<const K*>(b.keys) + s.key;
+    const auto threshold = static_cast<K>(scratch.searches[s.large].known);
     typename Block::template Each<Two> counts;
-    block.each([&](int t) {
-      counts[t] = {};
-      for (int64_t row = p.row_begin + t; row < p.row_end; row += kThreads) {
-        counts[t].value[0] += keys[row] > threshold;
-        counts[t].value[1] += keys[row] == threshold;
-      }
+    block.each([&](int t) { counts[t] = {}; });
+    maker.each(block, p.segment, p.row_begin, p.row_end, [&](int t, K key) {
+      counts[t].value[0] += key > threshold;
+      counts[t].value[1] += key == threshold;
     });
     block_sums(block, counts, shared.warps);
     block.each([&](int t) {
@@ -131,15 +118,16 @@ struct TakeMany {
     Taken<K> taken;
   };
 
-  Bucket b;
+  KeyMaker<T> maker;
 
   template <class Block>
   ARC_TOPK_DEVICE void operator()(Block& block, Shared& shared) const {
+    const Bucket& b = maker.b;
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
-    if (!has_many_rows(s)) return;
+    if (!s.has_many_rows()) return;
     const Scratch scratch(b);
-    const Search& search = scratch.search_of(s);
+    const Search& search = scratch.searches[s.large];
     const int64_t first = find_piece(b, p.segment, 0);
     typename Block::template Each<Two> before;
     block.each([&](int t) {
@@ -158,8 +146,7 @@ struct TakeMany {
     });
     block.sync();
     Taken<K> taken = shared.taken;
-    take(block, static_cast<const K*>(b.keys) + s.key, p.row_begin, p.row_end, taken,
-         b.picks + s.pick, shared.scan);
+    take(block, maker, p.segment, p.row_begin, p.row_end, taken, shared.scan);
   }
 };
 

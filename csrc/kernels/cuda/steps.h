@@ -45,14 +45,7 @@ class Steps : public Kernels {
  public:
   Grain grain() const override { return {kGrain, true}; }
 
-  int64_t scratch_bytes(const Bucket& b) const override {
-    int64_t num_keys = 0;
-    for (int64_t i = 0; i < b.num_segments; ++i) {
-      const Segment& s = b.segments[i];
-      if (s.kept > 0) num_keys = larger(num_keys, s.key + s.rows);
-    }
-    return Scratch::bytes(b, num_keys);
-  }
+  int64_t scratch_bytes(const Bucket& b) const override { return Scratch::bytes(b); }
 
   void project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
                uint64_t seed, uint64_t step) const override {
@@ -85,15 +78,13 @@ class Steps : public Kernels {
   void select(const Bucket& b, const Keys& keys) const override {
     with_work_type(b, [&]<class T>(T) {
       const KeyMaker<T> maker(b, keys);
-      // Scores of a sketch are few: rows of one element would not be worth their sketch.
-      const bool many = keys.kind != Keys::kSketch;
-      launch(b, "select", Select<T>{maker, many}, b.num_segments);
-      if (!many || b.num_pieces * kGrain <= kManyRows) return;
+      launch(b, "select", Select<T>{maker}, b.num_segments);
+      if (!Scratch::selects_by_many(b)) return;
       for (int from = 8 * sizeof(T); from > 0; from = Digit<Key<T>>::below(from).shift) {
         launch(b, "count_digit", CountDigit<T>{maker, from}, b.num_pieces);
       }
-      launch(b, "count_taken", CountTaken<T>{b}, b.num_pieces);
-      launch(b, "take", TakeMany<T>{b}, b.num_pieces);
+      launch(b, "count_taken", CountTaken<T>{maker}, b.num_pieces);
+      launch(b, "take", TakeMany<T>{maker}, b.num_pieces);
     });
   }
 
@@ -111,8 +102,8 @@ class Steps : public Kernels {
       apply_with(b, mean, reduced);
     });
   }
-  // apply() and blend() have put it there: the host does not know what became of the tensors.
-  bool publish(const Bucket&) const override { return true; }
+  // What is not h as it lies, apply() and blend() have put into the gradient.
+  bool publish(const Bucket& b) const override { return !hands_out_estimate(b); }
 
   void divide(const Bucket& b) const override {
     with_work_type(b, [&]<class T>(T) {
