@@ -4,13 +4,17 @@ One rank, NCCL. DDP's buckets are filled and handed to each hook, all of them in
 after a backward pass; the clock, CUDA events around all of it, runs until the last future is
 complete. Collectives of one rank are copies within the GPU: they are counted in, so that the ratio
 to the floor is an upper bound of what compute costs. The floor is floor.py's bytes at the bandwidth
-of a plain streaming update of the same number of elements, measured between the rounds. "host_us"
-is the time of a hook call on the CPU, per bucket.
+of a plain streaming update of the same number of elements, measured between the rounds. Every hook
+whose equations are ours is verified before it is timed.
+
+"host_us_30" and "host_us_300" are the time on the CPU of one hook call, for a bucket of that many
+tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -21,12 +25,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from compare import make_contestant
+from compare import make_contestant, verify_kept_rows
 from floor import floor_bytes
 from torch import Tensor
 from workload import Workload, squares
 
 WARM_UP = 4
+ENGINES = ("arc_topk", "rand_k", "top_k")
+BASELINES = ("python", "powersgd")
 
 
 def milliseconds(work: Callable[[], Any]) -> float:
@@ -44,17 +50,42 @@ def bandwidth(a: Tensor, b: Tensor, c: Tensor) -> float:
     return 4 * 4 * a.numel() / (1e-3 * milliseconds(lambda: c.addcmul_(a, b)))
 
 
+def verify(workload: Workload, feedback: str, ratio: float) -> None:
+    """Raises `compare.WrongResultError` where a hook to be timed is not what its equations say."""
+    for name in (*ENGINES, "python"):
+        fresh = make_contestant(name, workload, feedback, ratio)
+        verify_kept_rows(fresh, workload, feedback, ratio)
+
+
+def host_microseconds(tensors: int, device: str, calls: int = 50) -> float:
+    """Median time on the CPU of a hook call, for one bucket of so many tensors.
+
+    The device is idle at each call: a queue that is full is waited for by any launch.
+    """
+    shapes = [(64, 64) if i % 2 else (64,) for i in range(tensors)]
+    workload = Workload(shapes, torch.float32, bucket_mb=1000, device=device)
+    (bucket,) = workload.buckets
+    contestant = make_contestant("arc_topk", workload, "ef21m", 0.1)
+    times = []
+    for step in range(WARM_UP + calls):
+        workload.refill(step)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        future = contestant.hook(contestant.state, bucket)
+        times.append(time.perf_counter() - start)
+        future.wait()
+    return 1e6 * statistics.median(times[WARM_UP:])
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All hooks in turn, round after round."""
-    dtype = getattr(torch, args.dtype)
-    workload = Workload(squares(args.numel), dtype, device="cuda")
-    names = ["arc_topk", "python", "powersgd"]
-    if dtype != torch.float32:
-        names.remove("powersgd")  # its QR decomposition is for float32 and float64 only
+    """All hooks in turn, round after round; ratios are formed within a round."""
+    workload = Workload(squares(args.numel), getattr(torch, args.dtype), device="cuda")
+    verify(workload, args.feedback, args.ratio)
+    names = (*ENGINES, *BASELINES)
     contestants = {n: make_contestant(n, workload, args.feedback, args.ratio) for n in names}
     arrays = [torch.full((workload.numel,), 1e-3, device="cuda") for _ in range(3)]
     times: dict[str, list[float]] = {name: [] for name in names}
-    host: list[float] = []
     rates: list[float] = []
     peak = 0
     for step in range(WARM_UP + args.repeat):
@@ -64,26 +95,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            called = 0.0
-
-            def exchange(contestant: Any = contestant) -> None:
-                nonlocal called
-                start = time.perf_counter()
-                futures = [contestant.hook(contestant.state, b) for b in workload.buckets]
-                called = time.perf_counter() - start
-                for future in futures:
-                    future.wait()
-
+            exchange = functools.partial(contestant.exchange, workload.buckets, in_flight=True)
             times[name].append(milliseconds(exchange))
-            if name == "arc_topk":
-                host.append(1e6 * called / len(workload.buckets))
-                if step >= WARM_UP:
-                    peak = max(peak, torch.cuda.max_memory_allocated() - before)
-    middle = {name: statistics.median(values[WARM_UP:]) for name, values in times.items()}
-    rate = statistics.median(rates[WARM_UP:])
-    engine = contestants["arc_topk"].state
-    plan = engine.plan()
-    floor = 1e3 * floor_bytes(plan, engine.config) / rate
+            if name == "arc_topk" and step >= WARM_UP:
+                peak = max(peak, torch.cuda.max_memory_allocated() - before)
+    engines = {name: contestants[name].state for name in ENGINES}
+
+    def times_longer(name: str, than: str) -> float:
+        pairs = zip(times[name][WARM_UP:], times[than][WARM_UP:], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    def over_floor(name: str) -> float:
+        moved = floor_bytes(engines[name].plan(), engines[name].config)
+        pairs = zip(times[name][WARM_UP:], rates[WARM_UP:], strict=True)
+        return statistics.median(1e-3 * ms * rate / moved for ms, rate in pairs)
+
     return {
         "gpu": torch.cuda.get_device_name(),
         "numel": workload.numel,
@@ -91,15 +117,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "feedback": args.feedback,
         "ratio": args.ratio,
         "buckets": len(workload.buckets),
-        "stream_GB_s": rate / 1e9,
-        "floor_ms": floor,
-        "ms": middle["arc_topk"],
-        "over_floor": middle["arc_topk"] / floor,
-        "x_python": middle["python"] / middle["arc_topk"],
-        "x_powersgd": middle["powersgd"] / middle["arc_topk"] if "powersgd" in middle else None,
-        "host_us": statistics.median(host[WARM_UP:]),
+        "stream_GB_s": statistics.median(rates[WARM_UP:]) / 1e9,
+        "ms": statistics.median(times["arc_topk"][WARM_UP:]),
+        "over_floor": over_floor("arc_topk"),
+        "rand_k_over_floor": over_floor("rand_k"),
+        "top_k_over_floor": over_floor("top_k"),
+        "x_python": times_longer("python", than="arc_topk"),
+        "x_powersgd": times_longer("powersgd", than="arc_topk"),
+        "host_us_30": host_microseconds(30, "cuda"),
+        "host_us_300": host_microseconds(300, "cuda"),
         "step_MB": peak / 1e6,
-        "state_MB": plan.state_bytes / 1e6,
+        "state_MB": engines["arc_topk"].plan().state_bytes / 1e6,
         "rounds": args.repeat,
     }
 
@@ -125,7 +153,7 @@ def main() -> None:
         result = measure(args)
         dist.destroy_process_group()
     for name, value in result.items():
-        print(f"{name:12} {value:.4g}" if isinstance(value, float) else f"{name:12} {value}")
+        print(f"{name:17} {value:.4g}" if isinstance(value, float) else f"{name:17} {value}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

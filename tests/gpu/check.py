@@ -29,10 +29,10 @@ ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
 BUDGET = 540.0  # seconds in all
 NO_GPU = "no GPU here (nvidia-smi finds none)"
+CUDA_ALONE = "tests/python/test_cuda.py"  # what only a GPU can show
 SIZES = (1_000_000, 16_000_000, 64_000_000, 256_000_000)
 CPP_TESTS = ("build/bin/arc_topk_tests", "--gtest_brief=1")
 CPP_ON_CUDA = "--gtest_filter=*OnAGpu*:*/on_cuda"
-# What must be measured is measured before what takes longest.
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -131,19 +131,22 @@ def steps(out: Path) -> list[Step]:
         Step("registers and SASS", [*pytest, "tests/python/test_cuda_build.py"], 60),
         Step("C++ tests", CPP_TESTS, 60, needs_cpp_tests),
         Step("C++ tests on CUDA", [*CPP_TESTS, CPP_ON_CUDA], 60, needs_cpp_tests_on_gpu, cuda),
-        Step("Python tests on CUDA", [*pytest, "tests/python/test_cuda.py"], 240, needs_gpu, cuda),
+        Step("Python tests of CUDA alone", [*pytest, CUDA_ALONE], 240, needs_gpu, cuda),
         Step("example", train, 60, needs_gpu),
     ]
-    for tool in SANITIZERS:
-        command = [sanitizer() or "", "--tool", tool, "--error-exitcode", "9", PYTHON]
-        script = [*command, "tests/gpu/small.py"]
-        found.append(Step(f"compute-sanitizer {tool}", script, 60, needs_sanitizer))
     for dtype in ("float32", "bfloat16"):
         for numel in SIZES:
             name = f"benchmark {numel // 1_000_000} M {dtype}"
             file = out / f"{name.replace(' ', '-')}.json"
             command = [PYTHON, "benchmarks/gpu.py", "--numel", str(numel), "--dtype", dtype]
             found.append(Step(name, [*command, "--json", str(file)], 60, needs_gpu))
+    for tool in SANITIZERS:
+        command = [sanitizer() or "", "--tool", tool, "--error-exitcode", "9", PYTHON]
+        script = [*command, "tests/gpu/small.py"]
+        found.append(Step(f"compute-sanitizer {tool}", script, 60, needs_sanitizer))
+    # The CPU has passed these already, so they come after what only a GPU can show.
+    both = [*pytest, "-m", "device and not slow", "tests/python", f"--ignore={CUDA_ALONE}"]
+    found.append(Step("Python tests on CUDA", both, 300, needs_gpu, cuda))
     return found
 
 

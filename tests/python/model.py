@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from device import DEVICE, copy_to
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,17 +55,17 @@ def random_gradients(
 
 def wrap(layouts: Sequence[Tensor], dtype: torch.dtype, **ddp: Any) -> DistributedDataParallel:
     return DistributedDataParallel(
-        Pick([torch.zeros_like(t, dtype=dtype, device="cpu") for t in layouts]), **ddp
+        Pick([torch.zeros_like(t, dtype=dtype, device=DEVICE) for t in layouts]), **ddp
     )
 
 
 def backward(
     model: DistributedDataParallel, gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """One synchronised backward: the averaged gradient of every parameter."""
+    """One synchronised backward: the averaged gradient of every parameter, on the CPU."""
     model.zero_grad(set_to_none=True)
-    model(gradients).backward()
-    return [None if p.grad is None else p.grad.clone() for p in model.module.tensors]
+    model(copy_to(DEVICE, gradients)).backward()
+    return copy_to("cpu", (p.grad for p in model.module.tensors))
 
 
 def streams_of(model: DistributedDataParallel) -> list[int]:

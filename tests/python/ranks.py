@@ -32,7 +32,8 @@ class Ranks:
     def __init__(self, world_size: int, timeout: timedelta = TIMEOUT) -> None:
         self.world_size = world_size
         self._timeout = timeout
-        # The server imports torch once and forks from there: a clean process in 10 ms.
+        # The server imports torch once and forks from there: a clean process in 10 ms. It makes no
+        # CUDA context, which a fork could not use: each rank makes its own when it first needs it.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
         folder = tempfile.mkdtemp(prefix="ranks-")

@@ -20,6 +20,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import compare  # noqa: E402
+import gpu  # noqa: E402
 import workload  # noqa: E402
 from floor import floor_bytes  # noqa: E402
 
@@ -99,6 +100,27 @@ def test_verification_notices_wrong_results(
     compare.verify_against_oracle(make(), small)
     with pytest.raises(compare.WrongResultError, match=f"{name}, step 0, tensor"):
         compare.verify_against_oracle(make(one_value_too_large), small)
+
+
+def test_what_the_gpu_benchmark_does_before_it_times(
+    small: workload.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it but CUDA's clock: its verification, and the time of a hook call."""
+    gpu.verify(small, "ef21m", 0.2)
+    assert 0 < gpu.host_microseconds(30, "cpu", calls=3) < 1e6
+    made = compare.make_contestant
+
+    def spoiled(name: str, *args: Any) -> compare.Contestant:
+        contestant = made(name, *args)
+        hook = contestant.hook
+        contestant.hook = lambda state, bucket: hook(state, bucket).then(
+            lambda future: compare.tensor_of(future.value()) + 1
+        )
+        return contestant
+
+    monkeypatch.setattr(gpu, "make_contestant", spoiled)
+    with pytest.raises(compare.WrongResultError, match="arc_topk"):
+        gpu.verify(small, "ef21m", 0.2)
 
 
 def test_floor_is_the_documented_formula() -> None:

@@ -1,7 +1,7 @@
 """The engine on a GPU, against the same steps on the CPU.
 
-Only where ARC_TOPK_TEST_DEVICE=cuda asks for it (`make gpu-check` does). Asked for and not possible
-is a failure; not asked for, a skip.
+Both devices in one test, and what only a GPU has: streams, NCCL, launches. Where
+ARC_TOPK_TEST_DEVICE does not ask for CUDA (`make gpu-check` does), all of it is skipped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from model import Pick, random_gradients
 from ranks import Pools
 from torch import Tensor
@@ -20,22 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
 
+NOT_ASKED_FOR = "CUDA was not asked for: ARC_TOPK_TEST_DEVICE=cuda does (make gpu-check)"
+pytestmark = [pytest.mark.device, pytest.mark.skipif(DEVICE == "cpu", reason=NOT_ASKED_FOR)]
+
 COMPRESSORS = ("dense", "arc_topk", "rand_k", "top_k")
 FEEDBACKS = ("none", "ef14", "ef21", "ef21m")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 SHAPES = [(300, 70), (70,), (64, 64), (129, 33), (5, 3), (16, 8, 3, 3)]
 STEPS = 5
 MAX_LAUNCHES = 6
-
-
-@pytest.fixture(autouse=True)
-def cuda() -> None:
-    device = os.environ.get("ARC_TOPK_TEST_DEVICE", "cpu")
-    if device == "cpu":
-        pytest.skip("CUDA was not asked for: ARC_TOPK_TEST_DEVICE=cuda does (make gpu-check)")
-    assert device == "cuda", f"ARC_TOPK_TEST_DEVICE is {device!r}; expected cpu or cuda"
-    assert torch.cuda.is_available(), "ARC_TOPK_TEST_DEVICE is cuda, but torch finds no GPU"
-    assert arc_topk.build_info()["cuda"], "ARC_TOPK_TEST_DEVICE is cuda, but no kernels were built"
 
 
 # --- on a rank ------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from torch import Tensor
 import arc_topk
 from arc_topk.reference import Oracle, flatten
 
+pytestmark = pytest.mark.device
+
 # One row, one column, a vector, 1 element, 7 elements, no last row of full width under row_width, a
 # channels_last convolution, a matrix wide enough for several registers.
 LAYOUTS = [

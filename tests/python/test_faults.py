@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from datetime import timedelta
@@ -9,11 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks, temporary
 from test_engine import LAYOUTS
 
 import arc_topk
+
+pytestmark = pytest.mark.device
+
+# How long a rank waits for one that is lost. On CUDA it must also wait for one that is still making
+# its context, which takes seconds, and not the same on every rank.
+SHORT = timedelta(seconds=3 if DEVICE == "cpu" else 10)
 
 
 def message_of(body: Any) -> str:
@@ -78,7 +86,7 @@ def test_an_unbound_state_compares_at_its_first_bucket(pools: Pools) -> None:
 
 
 def exchange_with(rank: int, world_size: int, shapes: list[tuple[int, ...]]) -> str:
-    tensors = [torch.zeros(3, 3), torch.zeros(shapes[rank])]
+    tensors = [torch.zeros(shape, device=DEVICE) for shape in ((3, 3), shapes[rank])]
     return message_of(lambda: arc_topk.GradientExchange(tensors))
 
 
@@ -88,7 +96,7 @@ def test_tensors_that_differ(ranks: Ranks) -> None:
 
 
 def exchange_on_another_device(rank: int, world_size: int) -> str:
-    device = "meta" if rank == 1 else "cpu"
+    device = "meta" if rank == 1 else DEVICE
     return message_of(lambda: arc_topk.GradientExchange([torch.zeros(3, device=device)]))
 
 
@@ -99,11 +107,12 @@ def test_tensors_on_another_device(ranks: Ranks) -> None:
 
 
 def exchange_wrong_tensors(rank: int, world_size: int) -> list[str]:
-    exchange = arc_topk.GradientExchange([torch.zeros(3, 3), torch.zeros(4)])
+    zeros = functools.partial(torch.zeros, device=DEVICE)
+    exchange = arc_topk.GradientExchange([zeros(3, 3), zeros(4)])
     wrong: list[list[torch.Tensor]] = [
-        [torch.zeros(3, 3)],
-        [torch.zeros(3, 3), torch.zeros(5)],
-        [torch.zeros(3, 3, dtype=torch.float64), torch.zeros(4)],
+        [zeros(3, 3)],
+        [zeros(3, 3), zeros(5)],
+        [zeros(3, 3, dtype=torch.float64), zeros(4)],
     ]
     return [message_of(lambda t=t: exchange.all_reduce_(t)) for t in wrong]
 
@@ -134,7 +143,7 @@ def lose_a_rank(rank: int, world_size: int, gradients: Gradients, how: str) -> l
 @pytest.mark.parametrize("how", ["killed", "absent"])
 def test_a_lost_rank_is_an_error_that_names_its_place(how: str) -> None:
     gradients = random_gradients(LAYOUTS, 2, 3, torch.float32)
-    with temporary(2, timedelta(seconds=3)) as pool:
+    with temporary(2, SHORT) as pool:
         for pipe in pool._pipes:
             pipe.send((lose_a_rank, (gradients, how), {}))
         assert pool._pipes[0].poll(30), "rank 0 hangs"

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import device
 import pytest
+import torch
 from rich.console import Console
+
+import arc_topk
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
@@ -52,7 +58,7 @@ def test_without_a_gpu_what_needs_one_is_not_done(
     monkeypatch.setattr(check, "gpu", lambda: None)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     names = [s.name for s in check.steps(tmp_path) if s.needs() == check.NO_GPU]
-    assert len(names) == 3 + len(check.SANITIZERS) + 2 * len(check.SIZES)
+    assert len(names) == 4 + len(check.SANITIZERS) + 2 * len(check.SIZES)
     assert check.main(["--only", "sanitizer"]) == 1
     text = (tmp_path / "out" / "gpu-check.md").read_text()
     assert text.count(check.NO_GPU) == len(check.SANITIZERS)
@@ -75,3 +81,42 @@ def test_the_filter_of_the_cpp_tests_on_cuda_finds_them() -> None:
     assert "AStepIsTheCpus/on_cuda" in done.stdout
     assert done.stdout.count("/on_cuda") == 9
     assert "/on_host" not in done.stdout
+
+
+def test_every_module_that_uses_the_device_is_run_on_cuda(tmp_path: Path) -> None:
+    using = re.compile(r"^from (device|model) import", re.M)
+    unmarked = [
+        file.name
+        for file in Path(__file__).parent.glob("test_*.py")
+        if using.search(text := file.read_text()) and "pytest.mark.device" not in text
+    ]
+    assert unmarked == []
+    alone, rest = (s for s in check.steps(tmp_path) if s.name.startswith("Python tests"))
+    assert check.CUDA_ALONE in alone.command and f"--ignore={check.CUDA_ALONE}" in rest.command
+    assert "device and not slow" in rest.command
+    for step in (alone, rest):
+        assert step.environment == {"ARC_TOPK_TEST_DEVICE": "cuda"}
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "gpu", "kernels", "reason"),
+    [
+        ("cpu", False, None, None),
+        ("cuda", True, {}, None),
+        ("cuda", False, {}, "torch finds no GPU"),
+        ("cuda", True, None, "this build has no CUDA kernels"),
+        ("tpu", True, {}, "ARC_TOPK_TEST_DEVICE is 'tpu'; expected cpu or cuda"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    asked_for: str,
+    gpu: bool,
+    kernels: dict[str, Any] | None,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(device, "DEVICE", asked_for)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(arc_topk, "build_info", lambda: {"cuda": kernels})
+    found = device.why_unusable()
+    assert found is None if reason is None else reason in str(found)

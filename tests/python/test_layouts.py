@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, copy_to
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
@@ -13,6 +14,8 @@ from torch import Tensor
 
 import arc_topk
 from arc_topk.reference import Oracle
+
+pytestmark = pytest.mark.device
 
 STEPS = 3
 
@@ -50,12 +53,12 @@ def make(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 def exchange(
     rank: int, world_size: int, gradients: list[list[list[Tensor]]], config: dict[str, Any]
 ) -> list[list[Tensor]]:
-    engine = arc_topk.GradientExchange(gradients[0][rank], **config)
+    engine = arc_topk.GradientExchange(copy_to(DEVICE, gradients[0][rank]), **config)
     outputs = []
     for step in gradients:
-        tensors = [g.clone() for g in step[rank]]
+        tensors = copy_to(DEVICE, step[rank])
         engine.all_reduce_(tensors)
-        outputs.append(tensors)
+        outputs.append(copy_to("cpu", tensors))
     return outputs
 
 
