@@ -80,14 +80,14 @@ ARC_TOPK_HD float log_of_24_bits(uint32_t n) {
   return step(0.693359375f, exponent, add(f, p));
 }
 
-struct Turn {
+struct Direction {
   float cosine;
   float sine;
 };
 
 // Cosine and sine of n / 2^24 full turns. The nearest quarter turn is taken off in integers, which
 // is exact; polynomials of Cephes' sinf and cosf for the rest, at most an eighth of a turn.
-ARC_TOPK_HD Turn turn_of_24_bits(uint32_t n) {
+ARC_TOPK_HD Direction turn_of_24_bits(uint32_t n) {
   const uint32_t quarter = (n + (1u << 21)) >> 22;
   const int32_t rest = static_cast<int32_t>(n) - static_cast<int32_t>(quarter << 22);
   const float x = mul(static_cast<float>(rest), 3.7450702829238413e-7f);  // 2 pi / 2^24
@@ -118,8 +118,8 @@ ARC_TOPK_HD Normals normals(const Philox& block) {
   using namespace exact;
   const float radius0 = root(mul(-2.0f, log_of_24_bits((block.word[0] >> 8) + 1u)));
   const float radius1 = root(mul(-2.0f, log_of_24_bits((block.word[2] >> 8) + 1u)));
-  const Turn turn0 = turn_of_24_bits(block.word[1] >> 8);
-  const Turn turn1 = turn_of_24_bits(block.word[3] >> 8);
+  const Direction turn0 = turn_of_24_bits(block.word[1] >> 8);
+  const Direction turn1 = turn_of_24_bits(block.word[3] >> 8);
   return {{mul(radius0, turn0.cosine), mul(radius0, turn0.sine), mul(radius1, turn1.cosine),
            mul(radius1, turn1.sine)}};
 }

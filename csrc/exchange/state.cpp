@@ -124,6 +124,16 @@ const T* upload(const std::vector<T>& table, at::Tensor& copy, c10::Device devic
   return static_cast<const T*>(copy.const_data_ptr());
 }
 
+// What the allocator gives is; a view into something larger may not be.
+void check_alignment(const at::Tensor& buffer) {
+  constexpr uintptr_t kBytes = 16;  // of one load
+  if (reinterpret_cast<uintptr_t>(buffer.const_data_ptr()) % kBytes == 0) return;
+  throw std::invalid_argument("arc_topk: the bucket's buffer begins at element " +
+                              std::to_string(buffer.storage_offset()) +
+                              " of its storage; expected an address that is a multiple of " +
+                              std::to_string(kBytes) + " bytes: copy it into a tensor of its own");
+}
+
 // Puts the first element of h in its place where NaN stands for it in `old`: see
 // Kernels::publish().
 void give_back(at::Tensor& h, const Segment& here, const BucketState& old, int64_t there) {
@@ -215,6 +225,7 @@ BucketState& StateStore::bucket_for(const std::vector<at::Tensor>& parameters,
     move_in(*bucket);
   }
   if (bucket->gradient.empty() || !bucket->gradient[0].is_same(buffer)) {
+    if (bucket->backend.streams) check_alignment(buffer);
     bucket->gradient.assign(1, buffer);
   }
   bucket->bucket.gradient = buffer.mutable_data_ptr();

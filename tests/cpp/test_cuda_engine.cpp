@@ -115,6 +115,15 @@ TEST_F(CudaEngine, ExchangesAreTheCpus) {
   }
 }
 
+TEST_F(CudaEngine, ABufferAtAnOddAddressIsRefused) {
+  on_device();
+  StateStore store(Config{}, 2);
+  const std::vector<at::Tensor> parameters = {at::empty({8, 8})};
+  EXPECT_THROW(store.bucket_for(parameters, at::zeros({65}).narrow(0, 1, 64)),
+               std::invalid_argument);
+  EXPECT_NO_THROW(store.bucket_for(parameters, at::zeros({68}).narrow(0, 4, 64)));
+}
+
 // --- memory --------------------------------------------------------------------------------------
 
 int64_t bytes_of(const std::vector<at::Tensor>& tensors) {

@@ -51,7 +51,7 @@ TEST(Normals, SineAndCosineAreAccurate) {
   constexpr uint32_t kQuarter = 1u << 22;
   const auto check = [](uint32_t n) {
     const double angle = 2 * M_PI * (n / 16777216.0);
-    const exact::Turn turn = exact::turn_of_24_bits(n);
+    const exact::Direction turn = exact::turn_of_24_bits(n);
     EXPECT_LT(relative_error(turn.cosine, std::cos(angle)), 3e-7) << n;
     EXPECT_LT(relative_error(turn.sine, std::sin(angle)), 3e-7) << n;
   };
@@ -61,7 +61,7 @@ TEST(Normals, SineAndCosineAreAccurate) {
   for (uint32_t quarter = 0; quarter < 4; ++quarter) {
     check(quarter * kQuarter + 1);
     check((quarter + 1) * kQuarter - 1);
-    const exact::Turn turn = exact::turn_of_24_bits(quarter * kQuarter);
+    const exact::Direction turn = exact::turn_of_24_bits(quarter * kQuarter);
     EXPECT_EQ(turn.cosine, quarter == 0 ? 1.0f : quarter == 2 ? -1.0f : 0.0f);
     EXPECT_EQ(turn.sine, quarter == 1 ? 1.0f : quarter == 3 ? -1.0f : 0.0f);
   }
