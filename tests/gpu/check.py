@@ -31,6 +31,8 @@ BUDGET = 540.0  # seconds in all
 NO_GPU = "no GPU here (nvidia-smi finds none)"
 CUDA_ALONE = "tests/python/test_cuda.py"  # what only a GPU can show
 SIZES = (1_000_000, 16_000_000, 64_000_000, 256_000_000)
+CPP_TESTS = ("build/bin/arc_topk_tests", "--gtest_brief=1")
+CPP_ON_CUDA = "--gtest_filter=*OnAGpu*:*/on_cuda"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -89,6 +91,11 @@ def needs_cpp_tests() -> str | None:
     return None if (ROOT / "build/bin/arc_topk_tests").exists() else missing
 
 
+def needs_cpp_tests_on_gpu() -> str | None:
+    """Why those of them that run the kernels cannot be run on a GPU."""
+    return needs_gpu() or needs_cpp_tests()
+
+
 def sanitizer() -> str | None:
     """Path of compute-sanitizer."""
     return shutil.which("compute-sanitizer") or shutil.which(
@@ -122,7 +129,8 @@ def steps(out: Path) -> list[Step]:
             environment=build,
         ),
         Step("registers and SASS", [*pytest, "tests/python/test_cuda_build.py"], 60),
-        Step("C++ tests", ["build/bin/arc_topk_tests", "--gtest_brief=1"], 60, needs_cpp_tests),
+        Step("C++ tests", CPP_TESTS, 60, needs_cpp_tests),
+        Step("C++ tests on CUDA", [*CPP_TESTS, CPP_ON_CUDA], 60, needs_cpp_tests_on_gpu, cuda),
         Step("Python tests of CUDA alone", [*pytest, CUDA_ALONE], 240, needs_gpu, cuda),
         Step("example", train, 60, needs_gpu),
     ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ def test_without_a_gpu_what_needs_one_is_not_done(
     monkeypatch.setattr(check, "gpu", lambda: None)
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     names = [s.name for s in check.steps(tmp_path) if s.needs() == check.NO_GPU]
-    assert len(names) == 3 + len(check.SANITIZERS) + 2 * len(check.SIZES)
+    assert len(names) == 4 + len(check.SANITIZERS) + 2 * len(check.SIZES)
     assert check.main(["--only", "sanitizer"]) == 1
     text = (tmp_path / "out" / "gpu-check.md").read_text()
     assert text.count(check.NO_GPU) == len(check.SANITIZERS)
@@ -65,6 +67,20 @@ def test_without_a_gpu_what_needs_one_is_not_done(
 def test_compiles_for_the_gpu_that_is_there() -> None:
     assert check.architecture("NVIDIA H200, 9.0") == "9.0"
     assert check.architecture(None) == "90"
+
+
+@pytest.mark.skipif(check.needs_cpp_tests() is not None, reason="no C++ tests here")
+def test_the_filter_of_the_cpp_tests_on_cuda_finds_them() -> None:
+    # A filter that matches nothing would pass.
+    command = [check.CPP_TESTS[0], check.CPP_ON_CUDA, "--gtest_list_tests"]
+    environment = {**os.environ, "ARC_TOPK_TEST_DEVICE": "cuda"}
+    done = subprocess.run(
+        command, cwd=check.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "AreTestedWhereAskedFor" in done.stdout
+    assert "AStepIsTheCpus/on_cuda" in done.stdout
+    assert done.stdout.count("/on_cuda") == 9
+    assert "/on_host" not in done.stdout
 
 
 def test_every_module_that_uses_the_device_is_run_on_cuda(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ inline T* gather(void* base, DType type, const Stretches& x, T* buffer) {
   if (x.count == 1 && x.valid(0) == x.length) return load(base, type, x.start(0), x.length, buffer);
   with_type(type, [&]<class S>(S) {
     const S* from = static_cast<const S*>(base);
-    if (x.length == 1) {
+    if (x.stride == 1) {
       for (int64_t k = 0; k < x.count; ++k) buffer[k] = widen_to<T>(from[x.start(k)]);
       return;
     }
@@ -89,7 +89,7 @@ inline void scatter(const T* from, void* base, DType type, const Stretches& x) {
   if (x.count == 1) return store(from, base, type, x.start(0), x.valid(0));
   with_type(type, [&]<class S>(S) {
     S* to = static_cast<S*>(base);
-    if (x.length == 1) {
+    if (x.stride == 1) {
       for (int64_t k = 0; k < x.count; ++k) to[x.start(k)] = narrow_to<S>(from[k]);
       return;
     }

@@ -1,0 +1,3 @@
+#include "cuda_on_host.h"
+
+template class arc_topk::cuda::Steps<arc_topk::testing::HostLauncher>;
