@@ -2,7 +2,7 @@
 // values and int32 indices are all-gathered, and C is the mean of N sparse contributions. The
 // classical baseline.
 //
-//   message, bytes:  dense tensors (work type) | [values if 8 bytes] | indices | flags | values
+//   message, bytes:  [values if 8 bytes] | dense tensors (work type) | indices | flags | values
 //
 // The order keeps every part aligned without padding: padding would make the bytes of a tensor
 // depend on the bucket it is in.

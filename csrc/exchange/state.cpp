@@ -85,8 +85,8 @@ void allocate_message(BucketState& s, int world_size, c10::Device device) {
   }
 
   char* at = static_cast<char*>(data_of(s.message));
-  s.bucket.first = std::exchange(at, at + dense);
   if (values_early) s.bucket.second = std::exchange(at, at + values);
+  s.bucket.first = std::exchange(at, at + dense);
   s.bucket.picks = reinterpret_cast<int32_t*>(std::exchange(at, at + picks));
   s.bucket.flags = std::exchange(at, at + flags);
   if (!values_early) s.bucket.second = at;

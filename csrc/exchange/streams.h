@@ -55,9 +55,10 @@ class Streams {
     complete(std::move(value));
   }
 
-  // f(stream) with the caller's stream.
+  // f(stream) with the caller's stream of this device, which need not be the current device.
   template <class F>
   auto here(F&& f) {
+    const c10::StreamGuard current(guard_.getStream(device_));
     return f(guard_.getStream(device_).native_handle());
   }
 

@@ -119,7 +119,8 @@ struct CountPicked {
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
     if (!s.compressed()) return;
-    cuda::for_picked<kVector>(block, b, s, p, [&](int, cuda::Run run, cuda::Run to) {
+    const cuda::PickRange range = cuda::picks_of(block, b, s, p);
+    cuda::for_picked<kVector>(block, b, s, p, range, [&](int, cuda::Run run, cuda::Run to) {
       for (int j = 0; j < kVector; ++j) {
         if (run.has(j)) elements->add(run.index + j);
         if (to.has(j)) places->add(to.index + j);

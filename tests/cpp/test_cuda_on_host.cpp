@@ -95,10 +95,11 @@ std::vector<BucketSpec> specs() {
     double scale;
   };
   const Types types[] = {{kF32, kF32, kF32, 1},   {kF64, kF64, kF64, 1},   {kBF16, kF32, kBF16, 1},
-                         {kF16, kF32, kF16, .25}, {kF32, kBF16, kBF16, 1}, {kBF16, kBF16, kF32, 1}};
+                         {kF16, kF32, kF16, .25}, {kF32, kBF16, kBF16, 1}, {kBF16, kBF16, kF32, 1},
+                         {kF32, kF32, kF64, 1}};
   std::vector<BucketSpec> all;
   for (FeedbackKind feedback : kAllFeedback) {
-    int64_t dims[] = {4, 1, 3, 7, 4, 8};
+    int64_t dims[] = {4, 1, 3, 7, 4, 8, 2};
     for (size_t i = 0; i < std::size(types); ++i) {
       BucketSpec spec;
       spec.tensors = shapes();
@@ -208,9 +209,8 @@ TEST_P(CudaKernels, GatheredMessagesAreAveragedAsByTheCpu) {
     const int64_t bytes = first + second + 4 * picks + 4 * flags;
     std::vector<double> own(static_cast<size_t>(bytes / 8 + 1));
     const auto place = [&](CudaBucket& bucket, char* at) {
-      bucket.b.first = at;
-      at += first;
       if (early) bucket.b.second = std::exchange(at, at + second);
+      bucket.b.first = std::exchange(at, at + first);
       bucket.b.picks = reinterpret_cast<int32_t*>(std::exchange(at, at + 4 * picks));
       bucket.b.flags = std::exchange(at, at + 4 * flags);
       if (!early) bucket.b.second = at;

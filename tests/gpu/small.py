@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 
 import torch
@@ -33,6 +34,7 @@ def main() -> None:
             steps("arc_topk", feedback, torch.float32)
         for compressor in ("rand_k", "top_k"):
             steps(compressor, "ef14", torch.bfloat16)
+        gc.collect()  # DDP may not outlive its group
         dist.destroy_process_group()
 
 

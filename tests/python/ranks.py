@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import resource
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -110,11 +111,18 @@ def temporary(world_size: int, timeout: timedelta) -> Iterator[Ranks]:
         pool.close()
 
 
+def _allow_many_files() -> None:
+    """A Gloo group keeps five descriptors, and a pool makes hundreds of groups in its life."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _serve(pipe: Connection, rank: int, world_size: int, store: str, timeout: timedelta) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    _allow_many_files()
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout

@@ -29,7 +29,9 @@ FEEDBACKS = ("none", "ef14", "ef21", "ef21m")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 SHAPES = [(300, 70), (70,), (64, 64), (129, 33), (5, 3), (16, 8, 3, 3)]
 STEPS = 5
-MAX_LAUNCHES = 6
+# Launches a bucket. ARC-Top-K: scan, prepare, select, pack, apply; Rand-K packs in two goes. Where
+# a tensor stays dense beside a shared estimate, its mean is looked at first.
+LAUNCHES = {"arc_topk": 5, "rand_k": 6}
 
 
 # --- on a rank ------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def without_waiting(
         model.zero_grad(set_to_none=False)
         model(gradients).backward()
 
-    for _ in range(4):
+    for _ in range(12):  # in its first ten DDP itself waits for the GPU, to time the passes
         step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -101,7 +103,7 @@ def without_waiting(
         torch.cuda.synchronize()
     events = profile.events()
     kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    ours = [e for e in kernels if "arc_topk" in e.name]
+    ours = [e for e in kernels if is_ours(e)]
     runtime = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CPU]
     return {
         "ours": [e.name for e in ours],
@@ -109,6 +111,11 @@ def without_waiting(
         "collectives": state.metrics()["collectives"],
         "waits": [n for n in runtime if n in ("cudaStreamSynchronize", "cudaEventSynchronize")],
     }
+
+
+def is_ours(event: Any) -> bool:
+    """Whether it is one of our kernels: the profiler shows our ranges among them, too."""
+    return "arc_topk::cuda" in event.name and not event.is_user_annotation
 
 
 def overlap(rank: int, world_size: int, backend: str) -> float:
@@ -126,7 +133,7 @@ def overlap(rank: int, world_size: int, backend: str) -> float:
         ddp(data).sum().backward()
         torch.cuda.synchronize()
     times = [
-        ("arc_topk" in e.name, "gemm" in e.name.lower(), e.time_range)
+        (is_ours(e), any(word in e.name.lower() for word in ("gemm", "nvjet")), e.time_range)
         for e in profile.events()
         if e.device_type == torch.autograd.DeviceType.CUDA
     ]
@@ -193,7 +200,10 @@ def test_two_nccl_ranks_on_one_gpu(pools: Pools) -> None:
 @pytest.mark.parametrize("compressor", ["arc_topk", "rand_k"])
 def test_nothing_waits_for_the_gpu(pools: Pools, compressor: str, feedback: str) -> None:
     seen = pools.of(1).run(without_waiting, "nccl", compressor, feedback)[0]
-    assert 0 < len(seen["ours"]) <= MAX_LAUNCHES * seen["exchanges"], seen["ours"]
+    # V is made once a step. One of SHAPES stays dense.
+    launches = LAUNCHES[compressor] + (feedback in ("ef21", "ef21m"))
+    expected = launches * seen["exchanges"] + (compressor == "arc_topk")
+    assert len(seen["ours"]) == expected, seen["ours"]
     assert seen["collectives"] <= 2 * seen["exchanges"]
     # The synchronisation after the step, by this test itself, is cudaDeviceSynchronize.
     assert seen["waits"] == []

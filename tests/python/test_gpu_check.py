@@ -44,6 +44,16 @@ def test_every_step_runs_and_is_reported(tmp_path: Path) -> None:
     assert [s["result"] for s in steps] == results
 
 
+def test_a_step_that_is_ended_takes_along_what_it_started(tmp_path: Path) -> None:
+    child = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
+    step = check.Step("starts", [sys.executable, "-c", f"{child}; time.sleep(60)"], 3)
+    assert check.run(step, tmp_path / "log", 3).result == "failed"
+    started = int((tmp_path / "log").read_text())
+    # Ended, but perhaps not yet gone: whoever adopted it has to ask after it.
+    state = Path(f"/proc/{started}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
 def test_all_passed_is_success_and_one_not_done_is_not(tmp_path: Path) -> None:
     done = check.run_all([PASSES], tmp_path, QUIET)
     assert check.report(done, tmp_path, QUIET) == 0

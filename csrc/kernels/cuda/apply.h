@@ -213,11 +213,13 @@ struct Apply {
   template <class Block>
   ARC_TOPK_DEVICE void add_rows(Block& block, Shared& shared, const Segment& s,
                                 const Piece& p) const {
+    const PickRange range = picks_of(block, b, s, p);
+    if (range.first == range.last) return;
     const Array<AnyType> estimate(b.shared, b.state_type);
     const Array<AnyType> payload(b.second, b.wire_type);
     typename Block::template Each<Squares> squares;
     block.each([&](int t) { squares[t] = {}; });
-    for_picked<kVector>(block, b, s, p, [&](int t, Run run, Run from) {
+    for_picked<kVector>(block, b, s, p, range, [&](int t, Run run, Run from) {
       T h[kVector];
       T c[kVector];
       estimate.load(run, h);

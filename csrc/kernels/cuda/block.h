@@ -131,12 +131,15 @@ ARC_TOPK_DEVICE void block_sums(Block& block, typename Block::template Each<Sums
 template <class Block>
 ARC_TOPK_DEVICE bool is_last(Block& block, uint32_t* counter, uint32_t weight, uint32_t total,
                              bool& shared) {
-  block.each([&](int) { block.fence(); });
   block.sync();
   block.each([&](int t) {
     if (t != 0) return;
+    // One thread's fence is enough for what all have written before the barrier, and a fence costs
+    // the whole SM its L1 cache.
+    block.fence();
     shared = block.add(counter, weight) + weight == total;
-    if (shared) *counter = 0;
+    if (!shared) return;
+    *counter = 0;
     block.fence();
   });
   block.sync();

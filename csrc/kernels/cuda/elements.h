@@ -140,7 +140,11 @@ struct Array {
       for (int j = 0; j < kVector; ++j) x[j] = widen_to<T>(raw[j]);
     } else {
       ARC_TOPK_UNROLL
-      for (int j = 0; j < kVector; ++j) x[j] = run.has(j) ? widen_to<T>(from[j]) : T(0);
+      for (int j = 0; j < kVector; ++j) {
+        S raw{};
+        if (run.has(j)) copy_aligned<sizeof(S)>(&raw, from + j);
+        x[j] = widen_to<T>(raw);
+      }
     }
   }
   template <class T, int kVector>
@@ -154,7 +158,9 @@ struct Array {
     } else {
       ARC_TOPK_UNROLL
       for (int j = 0; j < kVector; ++j) {
-        if (run.has(j)) to[j] = narrow_to<S>(x[j]);
+        if (!run.has(j)) continue;
+        const S raw = narrow_to<S>(x[j]);
+        copy_aligned<sizeof(S)>(to + j, &raw);
       }
     }
   }

@@ -11,8 +11,14 @@ namespace arc_topk {
 namespace cuda {
 namespace {
 
+// How many blocks a multiprocessor should hold at least: registers are given out accordingly.
 template <class Body>
-__global__ void __launch_bounds__(Body::kThreads, Body::kThreads > 256 ? 1 : 2)
+constexpr int kBlocks = 2;
+template <>
+constexpr int kBlocks<Select<double>> = 1;  // would spill
+
+template <class Body>
+__global__ void __launch_bounds__(Body::kThreads, kBlocks<Body>)
     run(const __grid_constant__ Body body) {
   __shared__ typename Body::Shared shared;
   DeviceBlock<Body::kThreads> block;

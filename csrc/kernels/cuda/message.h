@@ -35,6 +35,10 @@ struct Arrays {
   template <class T, int kVector>
   ARC_TOPK_DEVICE void load(Run run, Values<T, kVector>& x) const {
     g.load(run, x.g);
+    load_own(run, x);
+  }
+  template <class T, int kVector>
+  ARC_TOPK_DEVICE void load_own(Run run, Values<T, kVector>& x) const {
     if constexpr (kStates > 0) a.load(run, x.a);
     if constexpr (kStates > 1) b.load(run, x.b);
   }

@@ -27,8 +27,7 @@ ARC_TOPK_DEVICE PickRange picks_of(Block& block, const Bucket& b, const Segment&
 // whole.
 template <int kVector, class Block, class F>
 ARC_TOPK_DEVICE void for_picked(Block& block, const Bucket& b, const Segment& s, const Piece& p,
-                                const F& f) {
-  const PickRange range = picks_of(block, b, s, p);
+                                PickRange range, const F& f) {
   // A row begins anywhere in a vector.
   const auto each =
       static_cast<uint32_t>(divide_up(p.col_end - p.col_begin + kVector - 1, kVector));
@@ -139,10 +138,15 @@ struct Pack {
   ARC_TOPK_DEVICE void send(Block& block, const Segment& s, const Piece& p, bool prepared) const {
     const State state(b);
     const Array<AnyType> payload(b.second, b.wire_type);
-    for_picked<kVector>(block, b, s, p, [&](int, Run run, Run to) {
+    const PickRange range = picks_of(block, b, s, p);
+    for_picked<kVector>(block, b, s, p, range, [&](int, Run run, Run to) {
       Values<T, kVector> e;
       T x[kVector];
-      state.load(run, e);
+      if (kKeeps && prepared) {
+        state.load_own(run, e);
+      } else {
+        state.load(run, e);
+      }
       message(feedback, state.a, e, prepared, x);
       ARC_TOPK_UNROLL
       for (int j = 0; j < kVector; ++j) x[j] = run.has(j) ? wire.sent(x[j]) : T(0);

@@ -125,6 +125,8 @@ struct Prepare {
     const Arrays<Feedback, G, S> arrays(b);
     const bool prepared = k > 0 && stores;
     const int64_t runs = runs_of<kVector>(row.begin, row.end);
+    // V's columns are then cut into vectors as the row is.
+    const bool aligned = start % kVector == 0 && v.stride % kVector == 0;
     bool finite = true;
     for (int64_t i = lane; i < runs; i += width) {
       const Run run = run_of<kVector>(row.begin, row.end, i);
@@ -138,12 +140,35 @@ struct Prepare {
         if (keeps_message(Feedback::kKind) && stores) arrays.a.store(run, x);
       }
       if (v.data == nullptr) continue;
+      if (aligned && run.is_vector<kVector>()) {
+        add_products(x, run.index - start, k, sums);
+        continue;
+      }
       ARC_TOPK_UNROLL
       for (int c = 0; c < kColumns; ++c) {
         if (k + c < b.sketch_dim) sums.value[c] = sums.value[c] + product(x, run, start, k + c);
       }
     }
     return finite;
+  }
+
+  // Of a whole vector: four reads with no branch between them. Columns behind the last are read as
+  // the last, and not written.
+  ARC_TOPK_DEVICE void add_products(const T (&x)[kVector], int64_t at, int64_t k,
+                                    FourSums& sums) const {
+    alignas(16) float y[kColumns][kVector];
+    ARC_TOPK_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      copy_aligned<kVector * sizeof(float)>(
+          y[c], v.data + smaller(k + c, b.sketch_dim - 1) * v.stride + at);
+    }
+    ARC_TOPK_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      T sum = x[0] * static_cast<T>(y[c][0]);
+      ARC_TOPK_UNROLL
+      for (int j = 1; j < kVector; ++j) sum = sum + x[j] * static_cast<T>(y[c][j]);
+      sums.value[c] = sums.value[c] + sum;
+    }
   }
 
   ARC_TOPK_DEVICE T product(const T (&x)[kVector], Run run, int64_t start, int64_t column) const {

@@ -1,7 +1,7 @@
 // The K rows of largest key of a segment, by one block: radix selection in shared memory. Leading
 // bits first, the keys are counted by 11 bits at a time until all bits of the smallest key that is
 // kept are known; one more pass, in order of rows, takes what is above it and as many equal keys as
-// are left.
+// are left. The keys of as many rows as most matrices have are made once and stay in shared memory.
 #pragma once
 
 #include "kernels/cuda/message.h"
@@ -47,22 +47,33 @@ struct KeyMaker {
         eta(static_cast<T>(bucket.eta)),
         keep(static_cast<T>(1 - bucket.eta)) {}
 
-  // Those of `count` rows of a segment, from `row` on.
+  // Those of `count` rows of a segment, from `row` on. Not of a sketch: see fill().
   ARC_TOPK_DEVICE Rows make(int64_t segment, int64_t row, int count) const {
     const Segment& s = b.segments[segment];
     Rows rows;
-    switch (keys.kind) {
-      case Keys::kSketch:
-        scores(s, row, count, rows);
-        break;
-      case Keys::kRandom:
-        random(s, row, count, rows);
-        break;
-      case Keys::kMagnitude:
-        magnitudes(s, row, count, b.used[segment] != 0, rows);
-        break;
+    if (keys.kind == Keys::kRandom) {
+      random(s, row, count, rows);
+    } else {
+      magnitudes(s, row, count, b.used[segment] != 0, rows);
     }
     return rows;
+  }
+
+  // Those of rows [begin, end), to memory that the block shares.
+  template <class Block>
+  ARC_TOPK_DEVICE void fill(Block& block, int64_t segment, int64_t begin, int64_t end,
+                            Key<T>* to) const {
+    if (keys.kind == Keys::kSketch) return scores(block, b.segments[segment], begin, end, to);
+    block.each([&](int t) {
+      for (int64_t row = begin + t * kRows; row < end; row += Block::kThreads * kRows) {
+        const auto count = static_cast<int>(smaller<int64_t>(end - row, kRows));
+        const Rows rows = make(segment, row, count);
+        ARC_TOPK_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          if (i < count) to[row - begin + i] = rows.key[i];
+        }
+      }
+    });
   }
 
   // The threads of a block over rows [begin, end): f(t, key).
@@ -83,19 +94,32 @@ struct KeyMaker {
 
  private:
   // ||P_j||^2. Columns in their order, each operation rounded: the same bits on every machine.
-  ARC_TOPK_DEVICE void scores(const Segment& s, int64_t row, int count, Rows& rows) const {
-    const T* sketch = static_cast<const T*>(b.first) + s.sketch + row * b.sketch_dim;
-    T sums[kRows] = {};
-    for (int64_t k = 0; k < b.sketch_dim; ++k) {
-      ARC_TOPK_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        if (i >= count) continue;
-        const T x = exact_mul(sketch[i * b.sketch_dim + k], mean);
-        sums[i] = exact_add(sums[i], exact_mul(x, x));
+  // Neighbouring threads read neighbouring rows, each thread several whose reads are under way
+  // together.
+  template <class Block>
+  ARC_TOPK_DEVICE void scores(Block& block, const Segment& s, int64_t begin, int64_t end,
+                              Key<T>* to) const {
+    constexpr int kTogether = 4;
+    const T* sketch = static_cast<const T*>(b.first) + s.sketch;
+    block.each([&](int t) {
+      for (int64_t first = begin + t; first < end; first += Block::kThreads * kTogether) {
+        T sums[kTogether] = {};
+        for (int64_t k = 0; k < b.sketch_dim; ++k) {
+          ARC_TOPK_UNROLL
+          for (int i = 0; i < kTogether; ++i) {
+            const int64_t row = first + i * Block::kThreads;
+            if (row >= end) continue;
+            const T x = exact_mul(sketch[row * b.sketch_dim + k], mean);
+            sums[i] = exact_add(sums[i], exact_mul(x, x));
+          }
+        }
+        ARC_TOPK_UNROLL
+        for (int i = 0; i < kTogether; ++i) {
+          const int64_t row = first + i * Block::kThreads;
+          if (row < end) to[row - begin] = key_of(sums[i]);
+        }
       }
-    }
-    ARC_TOPK_UNROLL
-    for (int i = 0; i < kRows; ++i) rows.key[i] = key_of(sums[i]);
+    });
   }
 
   ARC_TOPK_DEVICE void random(const Segment& s, int64_t row, int count, Rows& rows) const {
@@ -204,11 +228,11 @@ struct Taken {
   uint32_t above;
   uint32_t equal;
 };
-template <class T, class Block>
-ARC_TOPK_DEVICE void take(Block& block, const KeyMaker<T>& maker, int64_t segment, int64_t begin,
-                          int64_t end, Taken<Key<T>>& taken, uint32_t (&warps)[kWarp]) {
+// make(row, count): the keys of some rows.
+template <class T, class Block, class Make>
+ARC_TOPK_DEVICE void take(Block& block, const Make& make, int64_t begin, int64_t end,
+                          Taken<Key<T>>& taken, int32_t* picks, uint32_t (&warps)[kWarp]) {
   constexpr int kRows = KeyMaker<T>::kRows;
-  int32_t* picks = maker.b.picks + maker.b.segments[segment].pick;
   for (int64_t first = begin; first < end; first += Block::kThreads * kRows) {
     // Those above in the upper half, equal ones in the lower: a block sees fewer than 2^16 rows.
     typename Block::template Each<uint32_t> before;
@@ -223,7 +247,7 @@ ARC_TOPK_DEVICE void take(Block& block, const KeyMaker<T>& maker, int64_t segmen
     block.each([&](int t) {
       before[t] = 0;
       if (rows_of(t) == 0) return;
-      rows[t] = maker.make(segment, first + t * kRows, rows_of(t));
+      rows[t] = make(first + t * kRows, rows_of(t));
       ARC_TOPK_UNROLL
       for (int i = 0; i < kRows; ++i) before[t] += i < rows_of(t) ? count(rows[t].key[i]) : 0;
     });
@@ -251,9 +275,11 @@ ARC_TOPK_DEVICE void take(Block& block, const KeyMaker<T>& maker, int64_t segmen
 
 template <class T>
 struct Select {
-  static constexpr int kThreads = 1024;
+  static constexpr int kThreads = 512;
+  static constexpr int64_t kCached = 32768 / sizeof(T);  // rows
   using K = Key<T>;
   struct Shared {
+    K keys[kCached];
     uint32_t bins[kBins];
     BinSearch found;
     Sums<double, 1> warps[kWarp];
@@ -277,51 +303,74 @@ struct Select {
     });
     block.sync();
     if (shared.outcome != Outcome::kNormal) return;
-    if (maker.keys.kind == Keys::kSketch) {
-      add_energy(block, shared, segment, s.rows);
-    } else if (s.has_many_rows()) {
-      return;  // for select_many.h
-    }
+    if (maker.keys.kind != Keys::kSketch && s.has_many_rows()) return;  // for select_many.h
     pick(block, shared, segment, s);
   }
 
  private:
   template <class Block>
-  ARC_TOPK_DEVICE void add_energy(Block& block, Shared& shared, int64_t segment,
-                                  int64_t rows) const {
-    typename Block::template Each<Sums<double, 1>> sums;
-    block.each([&](int t) { sums[t] = {}; });
-    maker.each(block, segment, 0, rows,
-               [&](int t, K key) { sums[t].value[0] += static_cast<double>(number_of<T>(key)); });
-    block_sums(block, sums, shared.warps);
-    block.each([&](int t) {
-      if (t == 0) block.add(&maker.b.energy->total, sums[t].value[0]);
-    });
-  }
-
-  template <class Block>
   ARC_TOPK_DEVICE void pick(Block& block, Shared& shared, int64_t segment, const Segment& s) const {
+    constexpr int kBits = 8 * sizeof(K);
+    typename Block::template Each<Sums<double, 1>> scores;
+    block.each([&](int t) { scores[t] = {}; });
     K known = 0;
     auto left = static_cast<uint32_t>(s.kept);
-    for (int from = 8 * sizeof(K); from > 0;) {
+    for (int from = kBits; from > 0;) {
       const auto digit = Digit<K>::below(from);
-      from = digit.shift;
+      const bool first = from == kBits;
       block.each([&](int t) {
         for (int i = t; i < kBins; i += kThreads) shared.bins[i] = 0;
       });
-      block.sync();
-      maker.each(block, segment, 0, s.rows, [&](int, K key) {
-        if ((key & digit.above) == known) block.add(&shared.bins[digit.of(key)], 1);
+      for_keys(block, shared, segment, s.rows, first, [&](int64_t, int64_t count) {
+        block.each([&](int t) {
+          for (int64_t i = t; i < count; i += kThreads) {
+            const K key = shared.keys[i];
+            if ((key & digit.above) == known) block.add(&shared.bins[digit.of(key)], 1);
+            if (first) scores[t].value[0] += static_cast<double>(number_of<T>(key));
+          }
+        });
       });
-      block.sync();
       find_bin(
           block, left, [&](int i) { return shared.bins[i]; }, shared.found);
+      from = digit.shift;
       known |= static_cast<K>(shared.found.bin) << digit.shift;
       left = shared.found.left;
       block.sync();
     }
     Taken<K> taken{known, left, 0, 0};
-    take(block, maker, segment, 0, s.rows, taken, shared.found.warps);
+    for_keys(block, shared, segment, s.rows, false, [&](int64_t begin, int64_t count) {
+      const auto make = [&](int64_t row, int rows) {
+        typename KeyMaker<T>::Rows made;
+        for (int i = 0; i < rows; ++i) made.key[i] = shared.keys[row - begin + i];
+        return made;
+      };
+      take<T>(block, make, begin, begin + count, taken, maker.b.picks + s.pick, shared.found.warps);
+    });
+    if (maker.keys.kind == Keys::kSketch) add_energy(block, shared, scores);
+  }
+
+  // f(begin, count) with the keys of rows [begin, begin + count) in shared memory, where they may
+  // be already.
+  template <class Block, class F>
+  ARC_TOPK_DEVICE void for_keys(Block& block, Shared& shared, int64_t segment, int64_t rows,
+                                bool fresh, const F& f) const {
+    for (int64_t begin = 0; begin < rows; begin += kCached) {
+      const int64_t end = smaller(begin + kCached, rows);
+      block.sync();
+      if (fresh || rows > kCached) maker.fill(block, segment, begin, end, shared.keys);
+      block.sync();
+      f(begin, end - begin);
+    }
+    block.sync();
+  }
+
+  template <class Block>
+  ARC_TOPK_DEVICE void add_energy(Block& block, Shared& shared,
+                                  typename Block::template Each<Sums<double, 1>>& scores) const {
+    block_sums(block, scores, shared.warps);
+    block.each([&](int t) {
+      if (t == 0) block.add(&maker.b.energy->total, scores[t].value[0]);
+    });
   }
 };
 

@@ -146,7 +146,8 @@ struct TakeMany {
     });
     block.sync();
     Taken<K> taken = shared.taken;
-    take(block, maker, p.segment, p.row_begin, p.row_end, taken, shared.scan);
+    const auto make = [&](int64_t row, int rows) { return maker.make(p.segment, row, rows); };
+    take<T>(block, make, p.row_begin, p.row_end, taken, b.picks + s.pick, shared.scan);
   }
 };
 
