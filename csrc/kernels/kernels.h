@@ -122,7 +122,8 @@ struct Bucket {
   double wire_scale;
 };
 
-// V^T: sketch_dim rows of `stride` floats each (n of them valid): column c of V is contiguous.
+// V^T: sketch_dim rows of `stride` floats each (n of them valid): column c of V is contiguous. They
+// begin at multiples of 64 bytes.
 struct Projection {
   const float* data;
   int64_t stride;

@@ -188,13 +188,17 @@ class BucketInMemory {
   BucketInMemory(const BucketInMemory&) = delete;
   BucketInMemory& operator=(const BucketInMemory&) = delete;
 
-  // V^T with rows of `stride` elements, exactly as long as needed.
+  // V^T with rows no longer than needed, NaN where they have no number.
   Projection projection() {
     int64_t cols = 1;
     for (const Segment& s : segments) cols = std::max(cols, s.compressed() ? s.cols : 1);
-    v.resize(static_cast<size_t>(spec.sketch_dim * cols));
-    for (float& x : v) x = std::normal_distribution<float>()(random_);
-    return {v.data(), cols};
+    const int64_t stride = (cols + 15) / 16 * 16;
+    v.assign(static_cast<size_t>(spec.sketch_dim * stride), NAN);
+    for (int64_t k = 0; k < spec.sketch_dim; ++k) {
+      for (int64_t i = 0; i < cols; ++i)
+        v[static_cast<size_t>(k * stride + i)] = std::normal_distribution<float>()(random_);
+    }
+    return {v.data(), stride};
   }
 
   double gradient(int64_t i) const { return get(b.gradient_type, b.gradient, i); }

@@ -16,6 +16,8 @@ template <class Body>
 constexpr int kBlocks = 2;
 template <>
 constexpr int kBlocks<Select<double>> = 1;  // would spill
+template <class Feedback>
+constexpr int kBlocks<Prepare<Feedback, float, float, float>> = 3;  // more reads under way
 
 template <class Body>
 __global__ void __launch_bounds__(Body::kThreads, kBlocks<Body>)

@@ -125,8 +125,7 @@ struct Prepare {
     const Arrays<Feedback, G, S> arrays(b);
     const bool prepared = k > 0 && stores;
     const int64_t runs = runs_of<kVector>(row.begin, row.end);
-    // V's columns are then cut into vectors as the row is.
-    const bool aligned = start % kVector == 0 && v.stride % kVector == 0;
+    const bool aligned = start % 4 == 0;  // V's columns are then cut into vectors as the row is
     bool finite = true;
     for (int64_t i = lane; i < runs; i += width) {
       const Run run = run_of<kVector>(row.begin, row.end, i);
@@ -172,13 +171,35 @@ struct Prepare {
   }
 
   ARC_TOPK_DEVICE T product(const T (&x)[kVector], Run run, int64_t start, int64_t column) const {
-    const Array<float> vs(const_cast<float*>(v.data), DType::kF32);
-    T y[kVector];
-    vs.load(run.moved(column * v.stride - start), y);
-    T sum = x[0] * y[0];
+    float y[kVector];
+    if (run.is_vector<kVector>()) {
+      load_across(v.data + column * v.stride, run.index - start, y);
+    } else {
+      const Array<float> vs(const_cast<float*>(v.data), DType::kF32);
+      vs.load(run.moved(column * v.stride - start), y);
+    }
+    T sum = x[0] * static_cast<T>(y[0]);
     ARC_TOPK_UNROLL
-    for (int j = 1; j < kVector; ++j) sum = sum + x[j] * y[j];
+    for (int j = 1; j < kVector; ++j) sum = sum + x[j] * static_cast<T>(y[j]);
     return sum;
+  }
+
+  // Elements that begin between two of a column's vectors of four: those that hold them are read
+  // whole, and moved down by up to three. The last read has one of them, so it is within the
+  // column.
+  ARC_TOPK_DEVICE static void load_across(const float* column, int64_t at, float (&y)[kVector]) {
+    const int by = static_cast<int>(at % 4);
+    constexpr int kRead = (kVector + 3 + 3) / 4 * 4;
+    alignas(16) float raw[kRead] = {};
+    const int needed = kVector + by;
+    ARC_TOPK_UNROLL
+    for (int i = 0; i < kRead; i += 4) {
+      if (i < needed) copy_aligned<16>(raw + i, column + at - by + i);
+    }
+    ARC_TOPK_UNROLL
+    for (int j = 0; j < kRead - 2; ++j) raw[j] = by >= 2 ? raw[j + 2] : raw[j];
+    ARC_TOPK_UNROLL
+    for (int j = 0; j < kVector; ++j) y[j] = by % 2 == 1 ? raw[j + 1] : raw[j];
   }
 
   template <class Block>
