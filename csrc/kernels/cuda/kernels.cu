@@ -15,9 +15,11 @@ namespace {
 template <class Body>
 constexpr int kBlocks = 2;
 template <>
-constexpr int kBlocks<Select<double>> = 1;  // would spill
+constexpr int kBlocks<Select<double>> = 1;           // would spill
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1200  // from there on three would spill
 template <class Feedback>
 constexpr int kBlocks<Prepare<Feedback, float, float, float>> = 3;  // more reads under way
+#endif
 
 template <class Body>
 __global__ void __launch_bounds__(Body::kThreads, kBlocks<Body>)
