@@ -7,7 +7,7 @@
 
 #include "cuda_against_cpu.h"
 #include "cuda_on_host.h"
-#include "on_device.h"
+#include "kernels_on.h"
 
 namespace arc_topk::testing {
 namespace {
@@ -177,9 +177,7 @@ ARC_TOPK_FOR_PYTHON bool arc_topk_compare_steps(const Layout* layout, char* mess
   return succeeds(message, size, [&] {
     const BucketSpec spec = spec_of(*layout);
     const auto change = [&](BucketInMemory& x) { fill(*layout, x); };
-    const CudaOnHost bodies;
-    // What is written beside an array is then a failure, and does not end the process.
-    const OnDevice kernels(bodies, c10::kCPU);
+    const Kernels& kernels = kernels_on(kernels_asked_for());
     sketched_steps(spec, kernels, change);
     random_step(spec, kernels, change);
   });

@@ -6,13 +6,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <string>
 
 #include "bucket_in_memory.h"
 #include "cuda_against_cpu.h"
 #include "cuda_on_host.h"
-#include "on_device.h"
+#include "kernels_on.h"
 
 namespace arc_topk {
 namespace {
@@ -21,7 +20,8 @@ using ::arc_topk::testing::BucketInMemory;
 using ::arc_topk::testing::BucketSpec;
 using ::arc_topk::testing::CudaBucket;
 using ::arc_topk::testing::describe;
-using ::arc_topk::testing::OnDevice;
+using ::arc_topk::testing::kernels_asked_for;
+using ::arc_topk::testing::kernels_on;
 using ::arc_topk::testing::Pair;
 using ::arc_topk::testing::set_flags;
 using ::arc_topk::testing::Tensor;
@@ -32,27 +32,10 @@ constexpr FeedbackKind kAllFeedback[] = {FeedbackKind::kNone, FeedbackKind::kEF1
 
 // --- what runs the kernels -----------------------------------------------------------------------
 
-std::string asked_for() {
-  const char* device = std::getenv("ARC_TOPK_TEST_DEVICE");
-  return device != nullptr ? device : "cpu";
-}
-
 std::vector<std::string> devices() {
   std::vector<std::string> names = {"host"};
-  if (asked_for() != "cpu") names.push_back("cuda");
+  if (kernels_asked_for() != "host") names.push_back("cuda");
   return names;
-}
-
-const Kernels& kernels_on(const std::string& device) {
-  static const testing::CudaOnHost bodies;
-  static const OnDevice on_host(bodies, c10::kCPU);
-  if (device == "host") return on_host;
-  if (asked_for() != "cuda")
-    throw std::runtime_error("ARC_TOPK_TEST_DEVICE is '" + asked_for() + "'; expected cpu or cuda");
-  if (cuda_kernels() == nullptr)
-    throw std::runtime_error("ARC_TOPK_TEST_DEVICE is cuda, but no kernels were built");
-  static const OnDevice on_cuda(*cuda_kernels(), c10::Device(c10::kCUDA, 0));
-  return on_cuda;
 }
 
 class CudaKernels : public ::testing::TestWithParam<std::string> {
@@ -64,9 +47,9 @@ INSTANTIATE_TEST_SUITE_P(, CudaKernels, ::testing::ValuesIn(devices()),
 
 // One line for all that was not done.
 TEST(CudaKernelsOnAGpu, AreTestedWhereAskedFor) {
-  if (asked_for() == "cpu")
+  if (kernels_asked_for() == "host")
     GTEST_SKIP() << "CUDA was not asked for: ARC_TOPK_TEST_DEVICE=cuda does (make gpu-check)";
-  kernels_on("cuda");
+  kernels_on(kernels_asked_for());
 }
 
 // --- buckets -------------------------------------------------------------------------------------

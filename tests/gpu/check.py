@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
 BUDGET = 540.0  # seconds in all
 NO_GPU = "no GPU here (nvidia-smi finds none)"
-CUDA_ALONE = "tests/python/test_cuda.py"  # what only a GPU can show
+# What only a GPU can show, the kernels by themselves first.
+CUDA_ALONE = ("tests/python/test_cuda_layouts.py", "tests/python/test_cuda.py")
 SIZES = (1_000_000, 16_000_000, 64_000_000, 256_000_000)
 CPP_TESTS = ("build/bin/arc_topk_tests", "--gtest_brief=1")
 CPP_ON_CUDA = "--gtest_filter=*OnAGpu*:*/on_cuda"
@@ -133,7 +134,7 @@ def steps(out: Path) -> list[Step]:
         Step("registers and SASS", [*pytest, "tests/python/test_cuda_build.py"], 60),
         Step("C++ tests", CPP_TESTS, 60, needs_cpp_tests),
         Step("C++ tests on CUDA", [*CPP_TESTS, CPP_ON_CUDA], 60, needs_cpp_tests_on_gpu, cuda),
-        Step("Python tests of CUDA alone", [*pytest, CUDA_ALONE], 240, needs_gpu, cuda),
+        Step("Python tests of CUDA alone", [*pytest, *CUDA_ALONE], 240, needs_gpu, cuda),
         Step("example", train, 60, needs_gpu),
     ]
     for dtype in ("float32", "bfloat16"):
@@ -148,7 +149,8 @@ def steps(out: Path) -> list[Step]:
         script = [sanitizer() or "", *options, PYTHON, "tests/gpu/small.py"]
         found.append(Step(f"compute-sanitizer {tool}", script, 120, needs_sanitizer))
     # The CPU has passed these already, so they come after what only a GPU can show.
-    both = [*pytest, "-m", "device and not slow", "tests/python", f"--ignore={CUDA_ALONE}"]
+    rest = ["tests/python", *(f"--ignore={file}" for file in CUDA_ALONE)]
+    both = [*pytest, "-m", "device and not slow", *rest]
     found.append(Step("Python tests on CUDA", both, 300, needs_gpu, cuda))
     return found
 

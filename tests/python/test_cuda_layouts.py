@@ -1,4 +1,4 @@
-"""Layouts nobody would think of, for the CUDA kernels: their bodies on the host, without a GPU.
+"""Layouts nobody would think of, for the CUDA kernels: their bodies on the host, or on a GPU.
 
 Every thread's elements are counted, and whole steps must be the CPU's, bit by bit. The work is done
 in C++ (tests/cpp/layouts.cpp).
@@ -21,9 +21,13 @@ from hypothesis import strategies as st
 LIBRARY = Path(__file__).parents[2] / "build/bin/libarc_topk_layouts.so"
 MAX_NUMEL = 50_000  # of a tensor: milliseconds
 
-pytestmark = pytest.mark.skipif(
-    not LIBRARY.exists(), reason=f"no {LIBRARY.name}: `make build` builds it, with ARC_TOPK_TESTS"
-)
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.skipif(
+        not LIBRARY.exists(),
+        reason=f"no {LIBRARY.name}: `make build` builds it, with ARC_TOPK_TESTS",
+    ),
+]
 
 # As in C++: csrc/feedback/feedback.h, csrc/kernels/kernels.h, tests/cpp/layouts.cpp.
 FEEDBACKS = {"none": 0, "ef14": 1, "ef21": 2, "ef21m": 3}

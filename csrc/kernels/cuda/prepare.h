@@ -131,10 +131,10 @@ struct Prepare {
       const Run run = run_of<kVector>(row.begin, row.end, i);
       Values<T, kVector> e;
       T x[kVector];
-      arrays.load(run, e);
-      if (prepared) {
-        message(feedback, arrays.a, e, true, x);
+      if (prepared && keeps_message(Feedback::kKind)) {
+        arrays.a.load(run, x);  // as it was stored for the first columns
       } else {
+        arrays.load(run, e);
         finite &= form(feedback, arrays.a, e, x);
         if (keeps_message(Feedback::kKind) && stores) arrays.a.store(run, x);
       }
