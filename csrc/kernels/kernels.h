@@ -21,6 +21,9 @@ constexpr DType work_type(DType gradient) {
   return gradient == DType::kF64 ? DType::kF64 : DType::kF32;
 }
 
+// More rows than one block of a device should select from alone.
+constexpr int64_t kManyRows = 1 << 16;
+
 // One tensor of a bucket, seen as a matrix of `rows` x `cols` elements lying one after the other.
 // Made once with the plan. Offsets count elements of the array they point into.
 struct Segment {
@@ -39,11 +42,8 @@ struct Segment {
   bool dense_in_first;  // dense: rides in the first payload (work type), not the second
 
   constexpr bool compressed() const { return kept > 0; }
-  constexpr bool has_many_rows() const;
+  constexpr bool has_many_rows() const { return compressed() && rows > kManyRows; }
 };
-// More rows than one block of a device should select from alone.
-constexpr int64_t kManyRows = 1 << 16;
-constexpr bool Segment::has_many_rows() const { return compressed() && rows > kManyRows; }
 
 // A part of one segment: the unit in which work is shared out between threads or blocks. About
 // equal numbers of elements each, whatever the shapes. Whole rows, unless the device splits long
@@ -145,15 +145,6 @@ struct Keys {
   uint64_t seed = 0;
   uint64_t step = 0;
 };
-
-// How many rows the compressed segments have together: each has a key to be selected by.
-inline int64_t num_keys(const Bucket& b) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < b.num_segments; ++i) {
-    if (b.segments[i].compressed()) count = b.segments[i].key + b.segments[i].rows;
-  }
-  return count;
-}
 
 // The messages of all ranks after an all-gather, `stride` bytes apart from `data`. `own` is where
 // this rank's lies, for the places of flags, picks, values and dense tensors within a message.

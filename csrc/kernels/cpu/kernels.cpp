@@ -121,6 +121,14 @@ void write_flag(DType type, void* flags, int64_t i, double value) {
 // every bucket and a piece's arrays stay in the L2 cache. A row is one thread's.
 Grain CpuKernels::grain() const { return {32768, false}; }
 
+int64_t CpuKernels::scratch_bytes(const Bucket& b) const {
+  int64_t num_keys = 0;
+  for (int64_t i = 0; i < b.num_segments; ++i) {
+    if (b.segments[i].compressed()) num_keys = b.segments[i].key + b.segments[i].rows;
+  }
+  return num_keys * size_of(work_type(b.gradient_type));
+}
+
 void CpuKernels::project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
                          uint64_t seed, uint64_t step) const {
   constexpr int64_t kGrain = 4096;

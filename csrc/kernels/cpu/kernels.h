@@ -11,9 +11,7 @@ class CpuKernels final : public Kernels {
 
   Grain grain() const override;
   // The keys that rows are selected by: scores as unsigned integers of the same order.
-  int64_t scratch_bytes(const Bucket& b) const override {
-    return num_keys(b) * size_of(work_type(b.gradient_type));
-  }
+  int64_t scratch_bytes(const Bucket& b) const override;
   void project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
                uint64_t seed, uint64_t step) const override;
   void prepare(const Bucket& b, const Projection* v) const override;

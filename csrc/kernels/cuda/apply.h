@@ -185,11 +185,11 @@ struct Apply {
         mean.load(b, s, run, x);
         return publish(run, x);
       }
-      T h[kVector];
-      Array<AnyType>(b.shared, b.state_type).load(run, h);
       // The momentum of a tensor that nobody used stays; without momentum h is the mean, zero or
       // not.
       const bool blends = b.feedback == FeedbackKind::kEF21M;
+      T h[kVector] = {};
+      if (blends) Array<AnyType>(b.shared, b.state_type).load(run, h);
       if (blends && outcome == Outcome::kUnused) return publish(run, h);
       mean.load(b, s, run, x);
       ARC_TOPK_UNROLL
@@ -233,7 +233,7 @@ struct Apply {
       }
       estimate.store(run, h);
     });
-    add_energy(block, shared, squares);
+    add_sum(block, squares, shared.warps, &b.energy->captured);
   }
 
   // The whole piece into the gradient: C, or h + C in another type than h's.
@@ -273,7 +273,7 @@ struct Apply {
         publish(run, h);
       }
     });
-    add_energy(block, shared, squares);
+    add_sum(block, squares, shared.warps, &b.energy->captured);
   }
 
   // Fills shared.place[]; returns the pick that its numbers count from.
@@ -292,15 +292,6 @@ struct Apply {
     });
     block.sync();
     return range.first;
-  }
-
-  template <class Block>
-  ARC_TOPK_DEVICE void add_energy(Block& block, Shared& shared,
-                                  typename Block::template Each<Squares>& squares) const {
-    block_sums(block, squares, shared.warps);
-    block.each([&](int t) {
-      if (t == 0) block.add(&b.energy->captured, squares[t].value[0]);
-    });
   }
 
   ARC_TOPK_DEVICE T mean_of(const Segment& s, int64_t k, uint32_t col) const {
@@ -344,10 +335,7 @@ struct ApplyGathered {
       });
       block.sync();
     }
-    block_sums(block, squares, shared.rest.warps);
-    block.each([&](int t) {
-      if (t == 0) block.add(&b.energy->captured, squares[t].value[0]);
-    });
+    add_sum(block, squares, shared.rest.warps, &b.energy->captured);
   }
 
  private:

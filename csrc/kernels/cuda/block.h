@@ -125,6 +125,16 @@ ARC_TOPK_DEVICE void block_sums(Block& block, typename Block::template Each<Sums
   block.sync();
 }
 
+// Adds the sum over the whole block to a number in the device's memory.
+template <class Block>
+ARC_TOPK_DEVICE void add_sum(Block& block, typename Block::template Each<Sums<double, 1>>& x,
+                             Sums<double, 1> (&warps)[kWarp], double* to) {
+  block_sums(block, x, warps);
+  block.each([&](int t) {
+    if (t == 0) block.add(to, x[t].value[0]);
+  });
+}
+
 // Adds `weight` to a counter that starts at zero. Whether that makes `total`, so that this block is
 // the last: all that the others wrote before they came here can then be read (as fresh()). The
 // counter is zero again.

@@ -163,10 +163,7 @@ struct Prepare {
     }
     ARC_TOPK_UNROLL
     for (int c = 0; c < kColumns; ++c) {
-      T sum = x[0] * static_cast<T>(y[c][0]);
-      ARC_TOPK_UNROLL
-      for (int j = 1; j < kVector; ++j) sum = sum + x[j] * static_cast<T>(y[c][j]);
-      sums.value[c] = sums.value[c] + sum;
+      sums.value[c] = sums.value[c] + dot(x, y[c]);
     }
   }
 
@@ -178,6 +175,10 @@ struct Prepare {
       const Array<float> vs(const_cast<float*>(v.data), DType::kF32);
       vs.load(run.moved(column * v.stride - start), y);
     }
+    return dot(x, y);
+  }
+
+  ARC_TOPK_DEVICE static T dot(const T (&x)[kVector], const float (&y)[kVector]) {
     T sum = x[0] * static_cast<T>(y[0]);
     ARC_TOPK_UNROLL
     for (int j = 1; j < kVector; ++j) sum = sum + x[j] * static_cast<T>(y[j]);

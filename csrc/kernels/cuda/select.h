@@ -21,15 +21,11 @@ ARC_TOPK_DEVICE double exact_mul(double a, double b) { return a * b; }
 ARC_TOPK_DEVICE float exact_add(float a, float b) { return exact::add(a, b); }
 ARC_TOPK_DEVICE float exact_mul(float a, float b) { return exact::mul(a, b); }
 
-// A thread looks at as many rows at a time, one after the other, as have 32 bytes of keys.
-template <class T>
-constexpr int kRowsOf = 32 / sizeof(T);
-
 // Makes the keys of any rows, whenever they are asked for: to keep them would take as much memory
 // as Top-K's messages do, and reading them as long as making them.
 template <class T>
 struct KeyMaker {
-  static constexpr int kRows = kRowsOf<T>;
+  static constexpr int kRows = 32 / sizeof(T);  // a thread's at a time, one after the other
   struct Rows {
     Key<T> key[kRows];
   };
@@ -64,19 +60,10 @@ struct KeyMaker {
   ARC_TOPK_DEVICE void fill(Block& block, int64_t segment, int64_t begin, int64_t end,
                             Key<T>* to) const {
     if (keys.kind == Keys::kSketch) return scores(block, b.segments[segment], begin, end, to);
-    block.each([&](int t) {
-      for (int64_t row = begin + t * kRows; row < end; row += Block::kThreads * kRows) {
-        const auto count = static_cast<int>(smaller<int64_t>(end - row, kRows));
-        const Rows rows = make(segment, row, count);
-        ARC_TOPK_UNROLL
-        for (int i = 0; i < kRows; ++i) {
-          if (i < count) to[row - begin + i] = rows.key[i];
-        }
-      }
-    });
+    each(block, segment, begin, end, [&](int, int64_t row, Key<T> key) { to[row - begin] = key; });
   }
 
-  // The threads of a block over rows [begin, end): f(t, key).
+  // The threads of a block over rows [begin, end): f(t, row, key).
   template <class Block, class F>
   ARC_TOPK_DEVICE void each(Block& block, int64_t segment, int64_t begin, int64_t end,
                             const F& f) const {
@@ -86,7 +73,7 @@ struct KeyMaker {
         const Rows rows = make(segment, row, count);
         ARC_TOPK_UNROLL
         for (int i = 0; i < kRows; ++i) {
-          if (i < count) f(t, rows.key[i]);
+          if (i < count) f(t, row + i, rows.key[i]);
         }
       }
     });
@@ -346,7 +333,8 @@ struct Select {
       };
       take<T>(block, make, begin, begin + count, taken, maker.b.picks + s.pick, shared.found.warps);
     });
-    if (maker.keys.kind == Keys::kSketch) add_energy(block, shared, scores);
+    if (maker.keys.kind == Keys::kSketch)
+      add_sum(block, scores, shared.warps, &maker.b.energy->total);
   }
 
   // f(begin, count) with the keys of rows [begin, begin + count) in shared memory, where they may
@@ -362,15 +350,6 @@ struct Select {
       f(begin, end - begin);
     }
     block.sync();
-  }
-
-  template <class Block>
-  ARC_TOPK_DEVICE void add_energy(Block& block, Shared& shared,
-                                  typename Block::template Each<Sums<double, 1>>& scores) const {
-    block_sums(block, scores, shared.warps);
-    block.each([&](int t) {
-      if (t == 0) block.add(&maker.b.energy->total, scores[t].value[0]);
-    });
   }
 };
 

@@ -44,7 +44,7 @@ struct CountDigit {
       for (int i = t; i < kBins; i += kThreads) shared.bins[i] = 0;
     });
     block.sync();
-    maker.each(block, p.segment, p.row_begin, p.row_end, [&](int, K key) {
+    maker.each(block, p.segment, p.row_begin, p.row_end, [&](int, int64_t, K key) {
       if ((key & digit.above) == known) block.add(&shared.bins[digit.of(key)], 1);
     });
     block.sync();
@@ -93,7 +93,7 @@ struct CountTaken {
     const auto threshold = static_cast<K>(scratch.searches[s.large].known);
     typename Block::template Each<Two> counts;
     block.each([&](int t) { counts[t] = {}; });
-    maker.each(block, p.segment, p.row_begin, p.row_end, [&](int t, K key) {
+    maker.each(block, p.segment, p.row_begin, p.row_end, [&](int t, int64_t, K key) {
       counts[t].value[0] += key > threshold;
       counts[t].value[1] += key == threshold;
     });
