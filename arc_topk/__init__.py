@@ -9,8 +9,9 @@ check_torch()
 # Only now: loading the compiled module next to another torch crashes.
 from arc_topk.config import Config  # noqa: E402
 from arc_topk.exchange import GradientExchange  # noqa: E402
-from arc_topk.hook import State, arc_topk_hook, register  # noqa: E402
+from arc_topk.hook import arc_topk_hook, register  # noqa: E402
 from arc_topk.plan import Plan, PlanRow  # noqa: E402
+from arc_topk.state import State  # noqa: E402
 
 __all__ = [
     "Config",

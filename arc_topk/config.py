@@ -84,6 +84,17 @@ class Config:
         return _C.Config(**fields)
 
 
+def config_from(config: Config | None, fields: dict[str, Any]) -> Config:
+    """``config``, or one of ``fields``; not both."""
+    if config is None:
+        return Config(**fields)
+    if fields:
+        raise TypeError(f"give either config or its fields, not both; got {sorted(fields)} as well")
+    if not isinstance(config, Config):
+        raise TypeError(f"config is {config!r} ({type(config).__name__}); expected arc_topk.Config")
+    return config
+
+
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         names = ", ".join(repr(a) for a in allowed)

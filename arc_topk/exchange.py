@@ -10,9 +10,8 @@ import torch.distributed as dist
 
 from arc_topk import _C
 from arc_topk.agreement import agree, describe_tensors
-from arc_topk.config import Config
+from arc_topk.config import Config, config_from
 from arc_topk.device import unservable
-from arc_topk.hook import _config
 from arc_topk.plan import Plan, make_plan
 
 
@@ -52,7 +51,7 @@ class GradientExchange:
             raise RuntimeError("arc_topk: no process group; call init_process_group() first")
         error: Exception | None = None
         try:
-            self.config = _config(config, fields)
+            self.config = config_from(config, fields)
             _check_devices(tensors)
         except (TypeError, ValueError) as found:
             error = found
