@@ -30,7 +30,7 @@ class Exchange:
     Args:
         config: how gradients are averaged.
         group: whose ranks are averaged; plain averaging and `run` use it themselves.
-        lane_group: the same ranks, used by nobody else but the engine's thread; None: collectives
+        comm_group: the same ranks, used by nobody else but the engine's thread; None: collectives
             of ``group`` only queue themselves on a GPU's stream, and no thread is needed.
     """
 
@@ -38,12 +38,14 @@ class Exchange:
         self,
         config: Config,
         group: dist.ProcessGroup,
-        lane_group: dist.ProcessGroup | None = None,
+        comm_group: dist.ProcessGroup | None = None,
     ) -> None: ...
     def start(self, bucket: GradBucket) -> torch.futures.Future[Any]:
-        """Begins a bucket's exchange. The future holds a tensor, or a list of one.
+        """Begins a bucket's exchange. The future holds the bucket's buffer, or a list of it.
 
-        Raises ValueError for sparse or complex gradients and unknown dtypes.
+        Raises ValueError for sparse or complex gradients, unknown dtypes, and parameters whose
+        error feedback cannot be carried over; RuntimeError where the bucket is still in the air,
+        or the engine has failed or been stopped. Nothing is touched then.
         """
 
     def run(self, buffer: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
@@ -53,8 +55,29 @@ class Exchange:
         RuntimeError where a collective fails.
         """
 
-    def set_name(self, parameter: torch.Tensor, name: str) -> None:
-        """The name that errors give the parameter."""
+    def check_bind(self, parameters: list[torch.Tensor], names: list[str]) -> None:
+        """Raises ValueError, naming the parameter, where `bind` could not keep all state."""
+
+    def bind(self, parameters: list[torch.Tensor], names: list[str]) -> None:
+        """These are the parameters from now on; state is taken over by name."""
+
+    def stop(self) -> None:
+        """Gives up what is in the air, after a second's grace. Until `resume`, no bucket starts."""
+
+    def standing(self) -> tuple[list[int], list[bool], bool]:
+        """A parameter each: steps, and whether EF21's estimate is there; whether one has failed."""
+
+    def resume(
+        self,
+        group: dist.ProcessGroup,
+        comm_group: dist.ProcessGroup | None,
+        exchanges: int,
+        afresh: bool,
+    ) -> None:
+        """Goes on over these groups, from step ``exchanges`` on.
+
+        ``afresh``: EF21 and EF21M begin with a dense step again.
+        """
 
     def metrics(self) -> dict[str, Any]: ...
     def reset_metrics(self) -> None: ...

@@ -68,9 +68,8 @@ class GradientExchange:
             _FlatBucket(self._keys, dtype, tensors[0].device)
             for dtype in {t.dtype: None for t in tensors}
         ]
-        self._engine = _C.Exchange(self.config.native(), group, group)
-        for i, key in enumerate(self._keys):
-            self._engine.set_name(key, f"tensor {i}")
+        self._engine = _C.Exchange(self.config.native(), group)
+        self._engine.bind(self._keys, [f"tensor {i}" for i in range(len(self._keys))])
 
     def all_reduce_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces every tensor by its average over ranks, as compressed. A collective.

@@ -7,26 +7,22 @@ import datetime
 import torch
 import torch.distributed as dist
 
+from arc_topk.comm_group import comm_group
 
-def lane_group(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup | None:
-    """A Gloo group of the same ranks and timeout, for the engine's collectives alone.
+
+def comm_group_for(
+    group: dist.ProcessGroup, device: torch.device, token: str
+) -> dist.ProcessGroup | None:
+    """A group of the same ranks and timeout, for the engine's collectives alone. A collective.
 
     None where collectives only queue themselves on the GPU's stream (NCCL): then there is nobody
     to wait for them, and the engine issues them on ``group`` itself, in the order of the buckets.
     """
     kind = torch.device(device.type)
-    timeout: datetime.timedelta | None = None
+    timeout = datetime.timedelta(minutes=30)
     if kind in group._device_types:
         backend = group._get_backend(kind)
         if backend.name() == "nccl":
             return None
         timeout = backend.options._timeout
-    lane = dist.new_group(
-        dist.get_process_group_ranks(group),
-        timeout=timeout,
-        backend="gloo",
-        use_local_synchronization=True,
-        group_desc="arc_topk",
-    )
-    assert isinstance(lane, dist.ProcessGroup)
-    return lane
+    return comm_group(group, timeout, token)

@@ -1,5 +1,8 @@
 """State: the engine of one DDP instance on one rank, with its error feedback."""
 
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from arc_topk import _C
 from arc_topk.agreement import agree, describe_tensors
 from arc_topk.checks import not_ddp, unservable_parameter
 from arc_topk.config import Config, config_from
-from arc_topk.groups import lane_group
+from arc_topk.groups import comm_group_for
 from arc_topk.plan import Plan, make_plan
 
 
@@ -46,13 +49,18 @@ class State:
     ) -> None:
         self.config = config_from(config, fields)
         self._group = process_group
+        # Shapes only: a state keeps no model alive.
         self._named: list[tuple[str, torch.Tensor]] | None = None
         self._engine: _C.Exchange | None = None
 
     def bind(self, ddp: DistributedDataParallel) -> "State":
         """Takes parameter names and process group from ``ddp``, and compares all ranks.
 
-        A collective: every rank must call it, before the first backward pass.
+        A collective: every rank must call it, before the first backward pass. A state that was used
+        before goes on with ``ddp``: its error feedback is taken over by the parameters' names, and
+        what is still in the air is given up. All ranks go on from the latest step of any of them.
+        Where they have come apart (a backward pass that failed half-way, another process group),
+        EF21 and EF21M begin with a dense step again; residuals of EF14 are kept as they are.
 
         Args:
             ddp: the wrapped model.
@@ -62,7 +70,8 @@ class State:
 
         Raises:
             TypeError: ``ddp`` is not a DistributedDataParallel.
-            ValueError: on every rank, if a parameter cannot be served or ranks differ.
+            ValueError: on every rank, if a parameter cannot be served, the state is of another
+                model or another number of ranks, or ranks differ.
         """
         bind_together(self, ddp, None)
         return self
@@ -109,14 +118,44 @@ class State:
             if group is None:
                 raise RuntimeError("arc_topk: no process group; call init_process_group() first")
             agree(self.config, [], None, group)
-            self._connect(group, device)
+            self._go_on(group, device, [])
         assert self._engine is not None
         return self._engine
 
-    def _connect(self, group: dist.ProcessGroup, device: torch.device) -> _C.Exchange:
+    def _go_on(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        named: Sequence[tuple[str, torch.Tensor]],
+    ) -> None:
+        """Stops the engine, if there is one, and goes on over ``group``. A collective."""
+        mine = self._stand()
+        ranks: list[_Stand] = [mine] * group.size()
+        dist.all_gather_object(ranks, mine, group=group)
+        together = all(rank.is_with(ranks[0]) for rank in ranks) and not ranks[0].failed
+        moved = mine.group not in (None, _members(group))
         self._group = group
-        self._engine = _C.Exchange(self.config.native(), group, lane_group(group, device))
-        return self._engine
+        engine = self._engine
+        if engine is None:
+            engine = _C.Exchange(self.config.native(), group)
+        if named:
+            engine.bind([tensor for _, tensor in named], [name for name, _ in named])
+        engine.resume(
+            group,
+            comm_group_for(group, device, ranks[0].token),
+            max((step for rank in ranks for step in rank.exchanges), default=0),
+            moved or not together,
+        )
+        self._engine = engine
+
+    def _stand(self) -> "_Stand":
+        token = uuid.uuid4().hex
+        if self._engine is None:
+            return _Stand(token, (), (), False, None)
+        self._engine.stop()
+        exchanges, started, failed = self._engine.standing()
+        assert self._group is not None
+        return _Stand(token, tuple(exchanges), tuple(started), failed, _members(self._group))
 
     def __getstate__(self) -> dict[str, Any]:
         if self._group is not None and self._engine is None:
@@ -130,24 +169,68 @@ class State:
         self.__init__(state["config"])  # type: ignore[misc]
 
 
+@dataclass(frozen=True)
+class _Stand:
+    """Where a rank stands when it is bound."""
+
+    token: str
+    exchanges: tuple[int, ...]  # a parameter each
+    started: tuple[bool, ...]  # EF21, EF21M: has an estimate
+    failed: bool
+    group: tuple[int, ...] | None  # whose ranks it has averaged over so far
+
+    def is_with(self, other: "_Stand") -> bool:
+        """Whether both have done the same so far."""
+        return (self.exchanges, self.started, self.failed, self.group) == (
+            other.exchanges,
+            other.started,
+            other.failed,
+            other.group,
+        )
+
+
+def _members(group: dist.ProcessGroup) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
+
+
 def bind_together(
     state: State | None, ddp: DistributedDataParallel, error: Exception | None
 ) -> State:
     """Compares the ranks, all of them or none; then gives the state its names, group and engine."""
     if not isinstance(ddp, DistributedDataParallel):
         raise not_ddp(ddp)
-    named = [
+    # Frozen ones have a place too: they may have been trained before, or be later.
+    every = [
         (name, parameter)
         for name, parameter in ddp.module.named_parameters()
-        if parameter.requires_grad and name not in ddp.parameters_to_ignore
+        if name not in ddp.parameters_to_ignore
     ]
+    named = [(name, parameter) for name, parameter in every if parameter.requires_grad]
     error = error or unservable_parameter(ddp, named)
+    if error is None and state is not None:
+        error = _unbindable(state, ddp, every)
     agree(state.config if state else None, describe_tensors(named), error, ddp.process_group)
     assert state is not None  # else there was an error
-    state._named = named
-    engine = state._engine
-    if engine is None:
-        engine = state._connect(ddp.process_group, ddp.device)
-    for name, parameter in named:
-        engine.set_name(parameter, name)
+    state._go_on(ddp.process_group, ddp.device, every)
+    state._named = [(name, torch.empty_like(p, device="meta")) for name, p in named]
     return state
+
+
+def _unbindable(
+    state: State, ddp: DistributedDataParallel, named: Sequence[tuple[str, torch.Tensor]]
+) -> Exception | None:
+    """Why a state that was used before cannot go on with ``ddp``, if it cannot."""
+    if state._engine is None:
+        return None
+    assert state._group is not None
+    before, now = state._group.size(), ddp.process_group.size()
+    if before != now:
+        return ValueError(
+            f"the state was used with {before} ranks, ddp's process group has {now}; expected as "
+            "many: make a new State for another number of ranks"
+        )
+    try:
+        state._engine.check_bind([p for _, p in named], [name for name, _ in named])
+    except ValueError as error:
+        return error
+    return None

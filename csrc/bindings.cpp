@@ -7,6 +7,7 @@
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
 #include "build_info.h"
+#include "compress/make_plan.h"
 #include "ddp/comm_hook.h"
 
 namespace py = pybind11;
@@ -45,8 +46,8 @@ Config make_config(std::string compressor, const std::string& feedback, double r
           seed};
 }
 
-// The lane's thread may need the GIL to finish (a Python callback on a future): whoever lets the
-// engine go must not hold it while joining that thread.
+// The communication thread may need the GIL to finish (a Python callback on a future): whoever lets
+// the engine go must not hold it while joining that thread.
 struct DeleteWithoutGil {
   void operator()(Exchange* exchange) const {
     if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) {
@@ -100,13 +101,14 @@ PYBIND11_MODULE(_C, module) {
            py::arg("ratio"), py::arg("sketch_dim"), py::arg("row_width"), py::arg("eta"),
            py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"), py::arg("seed"));
 
+  using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
+  const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Exchange, std::shared_ptr<Exchange>>(module, "Exchange")
-      .def(py::init([](const Config& config, const c10::intrusive_ptr<c10d::ProcessGroup>& group,
-                       const c10::intrusive_ptr<c10d::ProcessGroup>& lane_group) {
-             return std::shared_ptr<Exchange>(new Exchange(config, group, lane_group),
+      .def(py::init([](const Config& config, const Group& group, const Group& comm_group) {
+             return std::shared_ptr<Exchange>(new Exchange(config, {group, comm_group}),
                                               DeleteWithoutGil());
            }),
-           py::arg("config"), py::arg("group"), py::arg("lane_group") = nullptr)
+           py::arg("config"), py::arg("group"), py::arg("comm_group") = nullptr)
       .def(
           "start",
           [](Exchange& exchange, c10d::GradBucket& bucket) {
@@ -115,14 +117,27 @@ PYBIND11_MODULE(_C, module) {
             c10::intrusive_ptr<c10::ivalue::Future> future;
             {
               const py::gil_scoped_release release;
-              future = exchange_bucket(exchange, bucket);
+              future = exchange_bucket(exchange, bucket, /*result_in_buffer=*/true);
             }
             return std::make_shared<torch::jit::PythonFutureWrapper>(std::move(future));
           },
           py::arg("bucket"))
-      .def("run", &Exchange::run, py::arg("buffer"), py::arg("parameters"),
-           py::call_guard<py::gil_scoped_release>())
-      .def("set_name", &Exchange::set_name, py::arg("parameter"), py::arg("name"))
+      .def("run", &Exchange::run, py::arg("buffer"), py::arg("parameters"), without_gil)
+      .def("check_bind", &Exchange::check_bind, py::arg("parameters"), py::arg("names"))
+      .def("bind", &Exchange::bind, py::arg("parameters"), py::arg("names"))
+      .def("stop", &Exchange::stop, without_gil)
+      .def("standing",
+           [](const Exchange& exchange) {
+             const Standing standing = exchange.standing();
+             return std::make_tuple(standing.exchanges, standing.started, exchange.failed());
+           })
+      .def(
+          "resume",
+          [](Exchange& exchange, const Group& group, const Group& comm_group, uint64_t exchanges,
+             bool afresh) {
+            exchange.resume({group, comm_group}, exchanges, afresh);
+          },
+          py::arg("group"), py::arg("comm_group"), py::arg("exchanges"), py::arg("afresh"))
       .def("metrics", [](const Exchange& exchange) { return as_dict(exchange.metrics()); })
       .def("reset_metrics", &Exchange::reset_metrics);
 

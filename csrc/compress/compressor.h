@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "exchange/plan.h"
+#include "plan/plan.h"
 
 namespace arc_topk {
 

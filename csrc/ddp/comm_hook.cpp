@@ -5,7 +5,8 @@
 namespace arc_topk {
 
 c10::intrusive_ptr<c10::ivalue::Future> exchange_bucket(Exchange& exchange,
-                                                        c10d::GradBucket& bucket) {
+                                                        c10d::GradBucket& bucket,
+                                                        bool result_in_buffer) {
   const at::Tensor& buffer = bucket.getBuffer();
   if (buffer.is_sparse() || bucket.getSparseGradIndices().has_value()) {
     throw std::invalid_argument(
@@ -18,7 +19,8 @@ c10::intrusive_ptr<c10::ivalue::Future> exchange_bucket(Exchange& exchange,
   }
   // Slicing the buffer by the parameters' own sizes, in order, is right for every memory format;
   // getGradients() is not.
-  return exchange.start(buffer, bucket.getParameters(), static_cast<int64_t>(bucket.getIndex()));
+  return exchange.start(buffer, bucket.getParameters(), static_cast<int64_t>(bucket.getIndex()),
+                        result_in_buffer);
 }
 
 at::Tensor averaged(const c10::IValue& value) {

@@ -10,9 +10,11 @@
 namespace arc_topk {
 
 // Begins the exchange of a DDP bucket. Throws for what cannot be served: sparse or complex
-// gradients.
+// gradients. `result_in_buffer`: for hooks that somebody may wrap, who changes the future's value
+// or reads the bucket's buffer behind it.
 c10::intrusive_ptr<c10::ivalue::Future> exchange_bucket(Exchange& exchange,
-                                                        c10d::GradBucket& bucket);
+                                                        c10d::GradBucket& bucket,
+                                                        bool result_in_buffer);
 
 // The one tensor in what exchange_bucket()'s future holds.
 at::Tensor averaged(const c10::IValue& value);
@@ -22,7 +24,7 @@ class CommHook final : public c10d::CommHookInterface {
   explicit CommHook(std::shared_ptr<Exchange> exchange) : exchange_(std::move(exchange)) {}
 
   c10::intrusive_ptr<c10::ivalue::Future> runHook(c10d::GradBucket& bucket) override {
-    return exchange_bucket(*exchange_, bucket);
+    return exchange_bucket(*exchange_, bucket, /*result_in_buffer=*/false);
   }
   at::Tensor parseHookResult(const c10::IValue& result) override { return averaged(result); }
 

@@ -1,129 +1,148 @@
 #include "exchange/exchange.h"
 
-#include <ATen/ops/empty.h>
-
-#include <algorithm>
 #include <stdexcept>
+#include <system_error>
+#include <thread>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
-
-#include "exchange/flight.h"
 
 namespace arc_topk {
 namespace {
 
-// The distance between the columns of V, in floats. They are read side by side, four at a time: a
-// distance of a power of two would put the same rows of all of them in the same few cache sets. A
-// quarter of 4096 bytes and a cache line apart, they and what they are multiplied with do not meet.
-int64_t column_stride(int64_t rows) {
-  constexpr int64_t kPage = 1024;
-  constexpr int64_t kApart = kPage / 4 + 16;
-  return (rows + kPage - kApart - 1) / kPage * kPage + kApart;
+// How long a collective in the air may take to end before it is given up: its other ranks may be
+// long gone, and nobody waits for its result any more.
+constexpr std::chrono::milliseconds kGrace(1000);
+
+// A process group joins its own threads when it goes, which may wait for other ranks until its
+// time-out. They do so on a thread that nobody waits for.
+void let_go(c10::intrusive_ptr<c10d::ProcessGroup> group, bool waits) {
+  if (!group || !waits) return;
+  auto* const raw = group.release();
+  const auto reap = [raw] {
+    auto owned = c10::intrusive_ptr<c10d::ProcessGroup>::reclaim(raw);
+    owned->abort();  // of those backends that can
+  };
+  try {
+    std::thread(reap).detach();
+  } catch (const std::system_error&) {
+    // No thread is to be had: better a leak than a hang.
+  }
 }
 
 }  // namespace
 
-Exchange::Exchange(Config config, c10::intrusive_ptr<c10d::ProcessGroup> group,
-                   c10::intrusive_ptr<c10d::ProcessGroup> lane_group)
-    : config_(std::move(config)),
-      group_(std::move(group)),
-      lane_group_(std::move(lane_group)),
-      rank_(group_->getRank()),
-      world_size_(group_->getSize()),
-      store_(config_, world_size_) {}
+Shared::Shared(Config the_config, Groups the_groups)
+    : config(std::move(the_config)),
+      groups(std::move(the_groups)),
+      rank(groups.main->getRank()),
+      store(config, groups.main->getSize()) {}
 
-Exchange::~Exchange() = default;
-
-Flight& Exchange::flight_of(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters) {
-  BucketState& state = store_.bucket_for(parameters, buffer);
-  if (state.step == nullptr) state.step = std::make_unique<Flight>(*this, state);
-  return static_cast<Flight&>(*state.step);
-}
-
-Streams* Exchange::streams_of(const BucketState& state) {
-  const std::optional<c10::Device> device = state.backend.streams;
+Streams* Shared::streams_for(const std::optional<c10::Device>& device) {
   if (!device) return nullptr;
-  if (streams_ == nullptr) streams_ = std::make_unique<Streams>(*device);
-  if (streams_->device() == *device) return streams_.get();
+  if (streams == nullptr) streams = std::make_unique<Streams>(*device);
+  if (streams->device() == *device) return streams.get();
   throw std::invalid_argument("arc_topk: a gradient is on device '" + device->str() +
-                              "', an earlier one on '" + streams_->device().str() +
+                              "', an earlier one on '" + streams->device().str() +
                               "'; expected all of a rank's gradients on one device");
 }
 
+Exchange::Exchange(Config config, Groups groups) : shared_(std::move(config), std::move(groups)) {}
+
+Exchange::~Exchange() { halt(); }
+
+// --- buckets
+// --------------------------------------------------------------------------------------
+
+std::unique_lock<std::mutex> Exchange::enter() {
+  std::unique_lock lock(entered_, std::try_to_lock);
+  if (lock.owns_lock()) return lock;
+  throw std::runtime_error(
+      "arc_topk: two threads use this engine at the same time; expected one at a time");
+}
+
+BucketExchange& Exchange::exchange_of(const at::Tensor& buffer, const Parameters& parameters) {
+  BucketState* state = shared_.store.find(parameters, buffer);
+  if (state == nullptr) {
+    shared_.lifecycle.check_running();
+    drain();
+    state = &shared_.store.make(parameters, buffer,
+                                [this](BucketState& old) { exchanges_.erase(&old); });
+  }
+  std::unique_ptr<BucketExchange>& exchange = exchanges_[state];
+  if (exchange == nullptr) exchange = std::make_unique<BucketExchange>(shared_, *state);
+  return *exchange;
+}
+
+// Buckets are about to change: nothing may be in the air that still works on the old ones.
+void Exchange::drain() {
+  const Lifecycle::Draining draining(shared_.lifecycle);
+  shared_.comm_thread.drain();
+  for (auto& [state, exchange] : exchanges_) exchange->settle();
+}
+
 c10::intrusive_ptr<c10::ivalue::Future> Exchange::start(const at::Tensor& buffer,
-                                                        const std::vector<at::Tensor>& parameters,
-                                                        int64_t index) {
-  Flight& flight = flight_of(buffer, parameters);
-  flight.prepare(index);
-  if (flight.only_averages()) return flight.average(*group_);
-  auto future = flight.promise();
-  if (lane_group_ == nullptr) {
-    flight.run();
-  } else {
-    lane_.submit(flight);
-  }
-  return future;
+                                                        const Parameters& parameters, int64_t index,
+                                                        bool result_in_buffer) {
+  const auto entered = enter();
+  return exchange_of(buffer, parameters).start(buffer, index, result_in_buffer);
 }
 
-at::Tensor Exchange::run(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters) {
-  return flight_of(buffer, parameters).run_here(*group_);
+at::Tensor Exchange::run(const at::Tensor& buffer, const Parameters& parameters) {
+  const auto entered = enter();
+  return exchange_of(buffer, parameters).run_here(buffer);
 }
 
-// One V a step, of which a matrix with n columns uses the first n rows: made as far as the widest
-// matrix so far needs it, by whichever bucket comes first.
-Projection Exchange::projection(uint64_t step, const BucketState& state) {
-  const int64_t needed = store_.max_cols();
-  const int64_t r = config_.sketch_dim;
-  if (!v_.defined() || v_.size(1) < needed) {
-    v_ = at::empty({r, column_stride(needed)},
-                   at::TensorOptions().dtype(at::kFloat).device(state.gradient[0].device()));
-    v_rows_ = 0;
-  }
-  if (v_step_ != step) v_rows_ = 0;
-  v_step_ = step;
-  const int64_t stride = v_.size(1);
-  auto* data = static_cast<float*>(v_.mutable_data_ptr());
-  if (v_rows_ < needed) {
-    state.backend.kernels->project(state.bucket, data, stride, v_rows_, needed, config_.seed, step);
-    v_rows_ = needed;
-  }
-  return {data, stride};
+// --- binding
+// --------------------------------------------------------------------------------------
+
+void Exchange::check_bind(const Parameters& parameters,
+                          const std::vector<std::string>& names) const {
+  shared_.store.check_bind(parameters, names);
 }
 
-void Exchange::set_name(const at::Tensor& parameter, std::string name) {
-  const std::lock_guard lock(mutex_);  // the lane reads names when it describes a failure
-  names_[parameter.unsafeGetTensorImpl()] = std::move(name);
+void Exchange::bind(const Parameters& parameters, const std::vector<std::string>& names) {
+  const auto entered = enter();
+  shared_.store.bind(parameters, names);
 }
 
-std::string Exchange::describe(const BucketState& state, int64_t index) const {
-  const at::Tensor& first = state.parameters.front();
-  const auto name = names_.find(first.unsafeGetTensorImpl());
-  std::string text = "bucket " + std::to_string(index) + " (first parameter ";
-  if (name != names_.end()) {
-    text += "'" + name->second + "'";
-  } else {
-    text += "of shape " + c10::str(first.sizes());
-  }
-  return text + ")";
+void Exchange::stop() {
+  const auto entered = enter();
+  halt();
 }
+
+void Exchange::halt() noexcept {
+  // From a future's callback: that is the job that runs, and no other can end meanwhile.
+  const bool idle = !shared_.comm_thread.is_current() && shared_.comm_thread.drain(kGrace);
+  shared_.lifecycle.close();
+  shared_.comm_thread.stop();
+  let_go(std::move(shared_.groups.comm), !idle);
+}
+
+void Exchange::resume(Groups groups, uint64_t exchanges, bool afresh) {
+  const auto entered = enter();
+  for (auto& [state, exchange] : exchanges_) exchange->settle();
+  shared_.groups = std::move(groups);
+  shared_.rank = shared_.groups.main->getRank();
+  shared_.store.resume(exchanges, afresh);
+  shared_.projection.forget();
+  shared_.streams.reset();
+  shared_.lifecycle.open();
+}
+
+// --- metrics
+// --------------------------------------------------------------------------------------
 
 Metrics Exchange::metrics() const {
-  const Energy energy = store_.device_energy();
-  const std::lock_guard lock(mutex_);
-  Metrics sum = metrics_;
+  Metrics sum = shared_.metrics.read();
+  const Energy energy = shared_.store.device_energy();
   sum.energy.captured += energy.captured;
   sum.energy.total += energy.total;
   return sum;
 }
 
 void Exchange::reset_metrics() {
-  store_.reset_device_energy();
-  const std::lock_guard lock(mutex_);
-  const uint64_t steps = metrics_.steps;
-  const uint64_t compressed_steps = metrics_.compressed_steps;
-  metrics_ = {};
-  metrics_.steps = steps;
-  metrics_.compressed_steps = compressed_steps;
+  shared_.store.reset_device_energy();
+  shared_.metrics.reset();
 }
 
 }  // namespace arc_topk

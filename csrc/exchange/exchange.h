@@ -2,11 +2,8 @@
 // feedback. Knows tensors and process groups; knows neither DDP nor Python.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
-#include <c10/util/intrusive_ptr.h>
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -14,87 +11,57 @@
 #include <unordered_map>
 #include <vector>
 
-#include "compress/compressor.h"
-#include "config.h"
-#include "exchange/lane.h"
-#include "exchange/state.h"
-#include "exchange/streams.h"
-
-namespace c10d {
-class ProcessGroup;
-}
+#include "exchange/bucket_exchange.h"
+#include "exchange/shared.h"
 
 namespace arc_topk {
 
-// Sums since the engine was made or the metrics were reset. Bytes and seconds are this rank's.
-struct Metrics {
-  uint64_t steps = 0;             // of the bucket exchanged most often, ever
-  uint64_t compressed_steps = 0;  // of those, the ones after start_step and the dense first step
-  uint64_t exchanges = 0;         // buckets exchanged
-  uint64_t collectives = 0;
-  uint64_t wire_bytes = 0;   // handed to the collectives
-  uint64_t dense_bytes = 0;  // what plain averaging would have handed over
-  double link_bytes = 0;     // sent over a rank's link by ring algorithms
-  Energy energy{0, 0};
-  std::array<double, kNumPhases> seconds{};
-};
-
-class Flight;
-
 class Exchange {
  public:
-  // `group`: whose ranks are averaged. `lane_group`: the same ranks in a group of the lane's own,
-  // so that nobody else's collectives come between; the caller's own thread uses `group`. Null
-  // where a collective of `group` only queues itself on the current stream (NCCL): then all of a
-  // bucket is queued from the caller's thread, and no lane is needed.
-  Exchange(Config config, c10::intrusive_ptr<c10d::ProcessGroup> group,
-           c10::intrusive_ptr<c10d::ProcessGroup> lane_group);
+  Exchange(Config config, Groups groups);
+  // What is in the air has a second to end; then it is given up, however long its time-out.
   ~Exchange();
 
   // Begins the exchange of one bucket: `parameters` are the keys of its state, their gradients lie
-  // one after the other in `buffer`. The future holds the averaged bucket: the buffer or an arena
-  // of this engine, valid until the bucket's next exchange. Call from one thread at a time, in the
-  // same order of buckets on every rank. `index` only names the bucket in errors.
+  // one after the other in `buffer`. The future holds the averaged bucket: the buffer or, unless
+  // `result_in_buffer`, an arena of this engine, valid until the bucket's next exchange. Call from
+  // one thread at a time, in the same order of buckets on every rank. `index` only names the bucket
+  // in errors. Throws, before anything is touched, where the bucket is still in the air, the engine
+  // has failed or been stopped, or a parameter's state cannot be carried over.
   c10::intrusive_ptr<c10::ivalue::Future> start(const at::Tensor& buffer,
-                                                const std::vector<at::Tensor>& parameters,
-                                                int64_t index);
+                                                const Parameters& parameters, int64_t index,
+                                                bool result_in_buffer = false);
   // The same, all of it on the calling thread.
-  at::Tensor run(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters);
+  at::Tensor run(const at::Tensor& buffer, const Parameters& parameters);
 
-  void set_name(const at::Tensor& parameter, std::string name);
+  // --- from one list of parameters to another, from one group to another ---
+  // StateStore::check_bind().
+  void check_bind(const Parameters& parameters, const std::vector<std::string>& names) const;
+  // Names the parameters, before the first bucket or behind stop().
+  void bind(const Parameters& parameters, const std::vector<std::string>& names);
+  // Gives up what is in the air, after a second's grace, and the group of the communication thread.
+  // Buckets are refused until resume().
+  void stop();
+  Standing standing() const { return shared_.store.standing(); }
+  bool failed() const { return shared_.lifecycle.failed(); }
+  // Behind stop(): over these groups of as many ranks, from step `exchanges` on;
+  // StateStore::resume().
+  void resume(Groups groups, uint64_t exchanges, bool afresh);
 
-  // Reads back what devices have summed up: waits for them.
+  // Reads back what devices have summed up: waits for them. From any thread.
   Metrics metrics() const;
   void reset_metrics();
-  const Config& config() const { return config_; }
 
  private:
-  friend class Flight;
-  Flight& flight_of(const at::Tensor& buffer, const std::vector<at::Tensor>& parameters);
-  Streams* streams_of(const BucketState& state);
-  Projection projection(uint64_t step, const BucketState& state);
-  std::string describe(const BucketState& state, int64_t index) const;
+  // One thread at a time, or an error.
+  std::unique_lock<std::mutex> enter();
+  BucketExchange& exchange_of(const at::Tensor& buffer, const Parameters& parameters);
+  void drain();
+  void halt() noexcept;
 
-  const Config config_;
-  const c10::intrusive_ptr<c10d::ProcessGroup> group_;
-  const c10::intrusive_ptr<c10d::ProcessGroup> lane_group_;
-  const int rank_;
-  const int world_size_;
-
-  StateStore store_;
-  std::unique_ptr<Streams> streams_;  // of the device that the first bucket with streams was on
-
-  // V of the step it was last made for. Only the thread that prepares touches it.
-  at::Tensor v_;
-  uint64_t v_step_ = 0;
-  int64_t v_rows_ = 0;
-
-  mutable std::mutex mutex_;  // of what the preparing thread, the lane and the user all touch:
-  Metrics metrics_;
-  std::string failure_;  // the first bucket's that failed: later ones fail at once, none hangs
-  std::unordered_map<const c10::TensorImpl*, std::string> names_;
-
-  Lane lane_;  // last: joined before anything it uses goes
+  Shared shared_;
+  std::mutex entered_;
+  std::unordered_map<const BucketState*, std::unique_ptr<BucketExchange>> exchanges_;
 };
 
 }  // namespace arc_topk

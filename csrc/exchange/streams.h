@@ -15,8 +15,8 @@
 namespace arc_topk {
 
 // The events of one bucket, used again every step.
-struct Turn {
-  explicit Turn(c10::DeviceType type) : ready(type), prepared(type), done(type) {}
+struct BucketEvents {
+  explicit BucketEvents(c10::DeviceType type) : ready(type), prepared(type), done(type) {}
   c10::Event ready;     // the gradient is there
   c10::Event prepared;  // the first payload is filled
   c10::Event done;      // the step's last kernel has run: payloads and state are free again
@@ -35,25 +35,28 @@ class Streams {
   // f(stream) with the prepare stream current, behind all that the caller's stream holds and behind
   // the bucket's step before.
   template <class F>
-  void prepare(Turn& turn, F&& f) {
-    turn.ready.record(guard_.getStream(device_));
+  void prepare(BucketEvents& events, F&& f) {
+    events.ready.record(guard_.getStream(device_));
     const c10::StreamGuard current(prepare_);
-    turn.ready.block(prepare_);
-    turn.done.block(prepare_);  // of no effect before its first record
+    events.ready.block(prepare_);
+    events.done.block(prepare_);  // of no effect before its first record
     f(prepare_.native_handle());
-    turn.prepared.record(prepare_);
+    events.prepared.record(prepare_);
   }
 
   // complete(f(stream)) with the communicate stream current, behind the bucket's prepare and all
   // buckets that communicated before.
   template <class F, class Complete>
-  void communicate(Turn& turn, F&& f, Complete&& complete) {
+  void communicate(BucketEvents& events, F&& f, Complete&& complete) {
     const c10::StreamGuard current(communicate_);
-    turn.prepared.block(communicate_);
+    events.prepared.block(communicate_);
     auto value = f(communicate_.native_handle());
-    turn.done.record(communicate_);  // before anybody can begin the bucket's next step
+    events.done.record(communicate_);  // before anybody can begin the bucket's next step
     complete(std::move(value));
   }
+
+  // The caller's stream waits for the bucket's last step.
+  void settle(BucketEvents& events) { events.done.block(guard_.getStream(device_)); }
 
   // f(stream) with the caller's stream of this device, which need not be the current device.
   template <class F>

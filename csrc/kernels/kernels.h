@@ -79,7 +79,8 @@ struct Bucket {
   int64_t num_large;  // segments of more than kManyRows rows
   const Piece* pieces;
   int64_t num_pieces;
-  bool splits_rows;  // some piece is a part of a row
+  bool splits_rows;         // some piece is a part of a row
+  bool result_in_gradient;  // publish() always writes the result into `gradient`
   int64_t numel;
 
   DType gradient_type;

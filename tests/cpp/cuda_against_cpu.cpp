@@ -4,7 +4,7 @@
 #include <cstdio>
 
 #include "cuda_on_host.h"
-#include "exchange/plan.h"
+#include "plan/plan.h"
 
 namespace arc_topk::testing {
 namespace {

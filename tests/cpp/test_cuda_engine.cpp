@@ -43,7 +43,7 @@ std::vector<std::vector<size_t>> buckets_of(int step) {
 // The results of every step, a tensor for each parameter.
 std::vector<std::vector<at::Tensor>> run(const Config& config, at::ScalarType type) {
   at::manual_seed(3);
-  Exchange exchange(config, c10::make_intrusive<NotingGroup>(), {});
+  Exchange exchange(config, {c10::make_intrusive<NotingGroup>(), {}});
   std::vector<at::Tensor> parameters;
   for (const auto& shape : kShapes) parameters.push_back(at::empty(shape, type));
   std::vector<std::vector<at::Tensor>> results;
@@ -119,9 +119,9 @@ TEST_F(CudaEngine, ABufferAtAnOddAddressIsRefused) {
   on_device();
   StateStore store(Config{}, 2);
   const std::vector<at::Tensor> parameters = {at::empty({8, 8})};
-  EXPECT_THROW(store.bucket_for(parameters, at::zeros({65}).narrow(0, 1, 64)),
-               std::invalid_argument);
-  EXPECT_NO_THROW(store.bucket_for(parameters, at::zeros({68}).narrow(0, 4, 64)));
+  BucketState& state = store.make(parameters, at::zeros({64}), [](BucketState&) {});
+  EXPECT_THROW(state.take(at::zeros({65}).narrow(0, 1, 64)), std::invalid_argument);
+  EXPECT_NO_THROW(state.take(at::zeros({68}).narrow(0, 4, 64)));
 }
 
 // --- memory --------------------------------------------------------------------------------------
@@ -167,7 +167,8 @@ TEST_F(CudaEngine, MemoryIsThatOfThePayloads) {
             numel += parameters.back().numel();
           }
           StateStore store(config, 4);
-          const BucketState& state = store.bucket_for(parameters, at::empty({numel}, type));
+          const BucketState& state =
+              store.make(parameters, at::empty({numel}, type), [](BucketState&) {});
           // Rand-K's only payload are its rows: the 4 bytes that name one of 64 bf16 numbers count.
           const bool names_weigh =
               std::string(compressor) == "rand_k" && type == at::kBFloat16 && shapes[0][1] == 64;

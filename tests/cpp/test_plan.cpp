@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "compress/compressor.h"
-#include "exchange/plan.h"
+#include "compress/make_plan.h"
 
 namespace arc_topk {
 namespace {

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "exchange/state.h"
+#include "state/state_store.h"
 
 namespace arc_topk {
 namespace {
@@ -25,11 +25,17 @@ class StateTest : public ::testing::TestWithParam<FeedbackKind> {
     return picked;
   }
 
+  static BucketState& bucket_for(StateStore& store, const Parameters& parameters,
+                                 const at::Tensor& buffer) {
+    BucketState* const known = store.find(parameters, buffer);
+    return known != nullptr ? *known : store.make(parameters, buffer, [](BucketState&) {});
+  }
+
   BucketState& bucket(StateStore& store, const std::vector<int>& indices) const {
-    const std::vector<at::Tensor> parameters = pick(indices);
+    const Parameters parameters = pick(indices);
     int64_t numel = 0;
     for (const at::Tensor& parameter : parameters) numel += parameter.numel();
-    return store.bucket_for(parameters, at::zeros({numel}));
+    return bucket_for(store, parameters, at::zeros({numel}));
   }
 
   // Fills a bucket's arenas with numbers that tell parameter, array and element.
@@ -88,13 +94,13 @@ TEST_P(StateTest, ValuesFollowTheirParameters) {
   for (const auto& indices : layouts[0]) {
     BucketState& state = bucket(store, indices);
     fill(state, indices);
-    state.exchanges = 5;
+    state.progress->exchanges = 5;
   }
   for (size_t i = 1; i < layouts.size(); ++i) {
     for (const auto& indices : layouts[i]) {
       const BucketState& state = bucket(store, indices);
       expect_filled(state, indices);
-      EXPECT_EQ(state.exchanges, 5U);
+      EXPECT_EQ(state.progress->exchanges, 5U);
     }
   }
 }
@@ -124,8 +130,8 @@ TEST_P(StateTest, StreamsTellParametersApartForGood) {
 
 TEST_P(StateTest, ABufferOfAnotherSizeIsRefused) {
   StateStore store(config_, 2);
-  EXPECT_THROW(store.bucket_for(pick({0, 1}), at::zeros({5})), std::invalid_argument);
-  EXPECT_THROW(store.bucket_for(pick({0}), at::zeros({960}, at::kInt)), std::invalid_argument);
+  EXPECT_THROW(bucket_for(store, pick({0, 1}), at::zeros({5})), std::invalid_argument);
+  EXPECT_THROW(bucket_for(store, pick({0}), at::zeros({960}, at::kInt)), std::invalid_argument);
 }
 
 std::string name_of_feedback(const ::testing::TestParamInfo<FeedbackKind>& info) {

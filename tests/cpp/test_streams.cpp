@@ -68,7 +68,7 @@ class StreamsTest : public ::testing::Test {
 
 TEST_F(StreamsTest, OneBucketInOrder) {
   const auto group = c10::make_intrusive<NotingGroup>();
-  Exchange exchange(config("arc_topk", FeedbackKind::kEF14), group, {});
+  Exchange exchange(config("arc_topk", FeedbackKind::kEF14), {group, {}});
   std::vector<OneBucket> buckets(1);
   step(exchange, buckets);
   const std::vector<std::string> first = journal().texts();
@@ -113,8 +113,8 @@ TEST_F(StreamsTest, NothingOvertakesWhatItNeeds) {
         journal().clear();
         const auto group = c10::make_intrusive<NotingGroup>();
         const auto lane_group = c10::make_intrusive<NotingGroup>();
-        Exchange exchange(config(compressor, feedback), group,
-                          lane ? lane_group : c10::intrusive_ptr<NotingGroup>());
+        Exchange exchange(config(compressor, feedback),
+                          {group, lane ? lane_group : c10::intrusive_ptr<NotingGroup>()});
         std::vector<OneBucket> buckets(3);
         for (int i = 0; i < 3; ++i) step(exchange, buckets);
         EXPECT_EQ(journal().races(), std::vector<std::string>());
@@ -126,7 +126,7 @@ TEST_F(StreamsTest, NothingOvertakesWhatItNeeds) {
 
 TEST_F(StreamsTest, ABucketIsPreparedBesideTheCollectivesOfTheOneBefore) {
   const auto group = c10::make_intrusive<NotingGroup>();
-  Exchange exchange(config("arc_topk", FeedbackKind::kEF14), group, {});
+  Exchange exchange(config("arc_topk", FeedbackKind::kEF14), {group, {}});
   std::vector<OneBucket> buckets(2);
   step(exchange, buckets);
   journal().clear();
@@ -150,7 +150,7 @@ TEST_F(StreamsTest, TheFutureIsCompletedOnTheCommunicateStream) {
   group->before_all_reduce = [&, once = true]() mutable {
     if (std::exchange(once, false)) watched.get_future().wait();
   };
-  Exchange exchange(config("arc_topk", FeedbackKind::kEF14), group, group);
+  Exchange exchange(config("arc_topk", FeedbackKind::kEF14), {group, group});
   OneBucket bucket;
   const auto future = exchange.start(bucket.gradient, bucket.parameters, 0);
   EXPECT_EQ(future->devices(), std::vector<c10::Device>{fake_device()});
@@ -182,7 +182,7 @@ TEST_F(StreamsTest, AnErrorReachesTheFuture) {
     }
     const std::string getBackendName() const override { return "failing"; }
   };
-  Exchange exchange(config("arc_topk", FeedbackKind::kEF14), c10::make_intrusive<Failing>(), {});
+  Exchange exchange(config("arc_topk", FeedbackKind::kEF14), {c10::make_intrusive<Failing>(), {}});
   OneBucket bucket;
   const auto future = exchange.start(bucket.gradient, bucket.parameters, 7);
   ASSERT_TRUE(future->hasError());

@@ -66,9 +66,3 @@ def backward(
     model.zero_grad(set_to_none=True)
     model(copy_to(DEVICE, gradients)).backward()
     return copy_to("cpu", (p.grad for p in model.module.tensors))
-
-
-def streams_of(model: DistributedDataParallel) -> list[int]:
-    """Of each parameter its place in the order in which DDP's first buckets bring them."""
-    order = [id(p) for b in model.reducer._get_zeros_like_grad_buckets() for p in b.parameters()]
-    return [order.index(id(p)) for p in model.module.tensors]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from model import Gradients, backward, random_gradients, streams_of, wrap
+from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks
 from torch import Tensor
 
@@ -43,7 +43,6 @@ class Run:
     """What one rank saw."""
 
     outputs: list[list[Tensor | None]]
-    streams: list[int]
     metrics: dict[str, Any]
     wire_bytes: int
 
@@ -58,10 +57,9 @@ def run_native(
     ddp: dict[str, Any],
 ) -> Run:
     model = wrap(layouts, dtype, **ddp)
-    streams = streams_of(model)
     state = arc_topk.register(model, **config)
     outputs = [backward(model, step[rank]) for step in gradients]
-    return Run(outputs, streams, state.metrics(), state.plan().wire_bytes)
+    return Run(outputs, state.metrics(), state.plan().wire_bytes)
 
 
 def picked_rows(oracle: Oracle, output: Tensor, before: Tensor | None, t: int) -> Tensor | None:
@@ -83,7 +81,7 @@ def check_against_oracle(
     dtype: torch.dtype,
     config: dict[str, Any],
 ) -> Oracle:
-    oracle = Oracle(layouts, dtype, len(runs), streams=runs[0].streams, **config)
+    oracle = Oracle(layouts, dtype, len(runs), **config)
     shared = config.get("feedback") in ("ef21", "ef21m")
     narrowest = max((dtype, config.get("wire_dtype") or dtype), key=lambda d: TOLERANCE[d])
     before: list[Tensor | None] = [None] * len(layouts)

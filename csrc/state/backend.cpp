@@ -1,4 +1,4 @@
-#include "exchange/backend.h"
+#include "state/backend.h"
 
 #include <array>
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// The lane: jobs run in the order of submission, on one thread, none is lost.
+// The communication thread: jobs run in the order of submission, on one thread, none is lost.
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -7,12 +7,12 @@
 #include <thread>
 #include <vector>
 
-#include "exchange/lane.h"
+#include "exchange/comm_thread.h"
 
 namespace arc_topk {
 namespace {
 
-class Note final : public Lane::Job {
+class Note final : public CommThread::Job {
  public:
   Note(std::vector<int>& order, int number) : order_(order), number_(number) {}
   void run() noexcept override {
@@ -21,21 +21,24 @@ class Note final : public Lane::Job {
     thread = std::this_thread::get_id();
     ++runs;
   }
+  void give_up() noexcept override { ++given_up; }
   std::thread::id thread;
   std::atomic<int> runs{0};
+  std::atomic<int> given_up{0};
 
  private:
   std::vector<int>& order_;
   const int number_;
 };
 
-TEST(Lane, RunsInOrderOnOneThreadAndFinishesBeforeItGoes) {
+TEST(CommThread, RunsInOrderOnOneThread) {
   std::vector<int> order;
   std::vector<std::unique_ptr<Note>> notes;
   for (int i = 0; i < 200; ++i) notes.push_back(std::make_unique<Note>(order, i));
   {
-    Lane lane;
-    for (const auto& note : notes) lane.submit(*note);
+    CommThread thread;
+    for (const auto& note : notes) thread.submit(*note);
+    EXPECT_TRUE(thread.drain());
   }
   ASSERT_EQ(order.size(), 200U);
   for (int i = 0; i < 200; ++i) {
@@ -45,18 +48,18 @@ TEST(Lane, RunsInOrderOnOneThreadAndFinishesBeforeItGoes) {
   EXPECT_NE(notes[0]->thread, std::this_thread::get_id());
 }
 
-TEST(Lane, AJobCanBeSubmittedAgainOnceItHasRun) {
+TEST(CommThread, AJobCanBeSubmittedAgainOnceItHasRun) {
   std::vector<int> order;
   Note note(order, 1);
-  Lane lane;
+  CommThread thread;
   for (int i = 1; i <= 50; ++i) {
-    lane.submit(note);
+    thread.submit(note);
     while (note.runs.load() < i) std::this_thread::yield();
   }
   EXPECT_EQ(note.runs.load(), 50);
 }
 
-TEST(Lane, AnUnusedLaneHasNoThread) { const Lane lane; }
+TEST(CommThread, AnUnusedOneHasNoThread) { const CommThread thread; }
 
 }  // namespace
 }  // namespace arc_topk

@@ -1,6 +1,6 @@
 // The layout of one bucket: which tensors are compressed, how many rows each keeps, and where in
-// the payloads everything lies. Follows from the configuration, the tensors' shapes and the world
-// size alone, so it is the same on every rank and nothing ever waits to learn a size.
+// the payloads everything lies. Data only, below compressors, state and exchange alike;
+// compress/make_plan.h fills it.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,6 @@
 #include "config.h"
 
 namespace arc_topk {
-
-class Compressor;
 
 // What the plan needs to know of a tensor.
 struct Shape {
@@ -30,7 +28,6 @@ struct Types {
 
   DType work() const { return work_type(gradient); }
 };
-Types types_for(const Config& config, const Compressor& compressor, DType gradient);
 
 // One tensor as the compressor sees it, whatever bucket it is in.
 struct Matrix {
@@ -42,11 +39,6 @@ struct Matrix {
   int64_t state_bytes;
   std::string why_dense;  // empty when compressed
 };
-Matrix view_as_matrix(const Config& config, const Compressor& compressor, const Shape& shape,
-                      const Types& types, int world_size);
-
-// K = ceil(ratio * m), at least 1.
-int64_t kept_rows(double ratio, int64_t rows);
 
 struct Plan {
   Types types;
@@ -71,8 +63,5 @@ struct Plan {
 // The work on these segments in pieces as a device wants them.
 std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain grain);
 bool splits_rows(const std::vector<Piece>& pieces, const std::vector<Segment>& segments);
-
-Plan make_plan(const Config& config, const Compressor& compressor, DType gradient,
-               const std::vector<Shape>& shapes, int world_size);
 
 }  // namespace arc_topk

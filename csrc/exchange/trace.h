@@ -11,9 +11,9 @@
 
 namespace arc_topk {
 
-class Span {
+class TraceRange {
  public:
-  ~Span() { end(); }
+  ~TraceRange() { end(); }
 
   void begin(const Kernels& kernels, Phase phase, int64_t bucket) {
     end();

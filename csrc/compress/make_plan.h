@@ -1,0 +1,23 @@
+// From configuration and shapes to the layout of a bucket. It follows from these and the world size
+// alone, so it is the same on every rank and nothing ever waits to learn a size.
+#pragma once
+
+#include <vector>
+
+#include "compress/compressor.h"
+#include "plan/plan.h"
+
+namespace arc_topk {
+
+Types types_for(const Config& config, const Compressor& compressor, DType gradient);
+
+Matrix view_as_matrix(const Config& config, const Compressor& compressor, const Shape& shape,
+                      const Types& types, int world_size);
+
+// K = ceil(ratio * m), at least 1.
+int64_t kept_rows(double ratio, int64_t rows);
+
+Plan make_plan(const Config& config, const Compressor& compressor, DType gradient,
+               const std::vector<Shape>& shapes, int world_size);
+
+}  // namespace arc_topk

@@ -1,0 +1,307 @@
+#include "exchange/bucket_exchange.h"
+
+#include <ATen/Parallel.h>
+
+#include <exception>
+#include <stdexcept>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+namespace arc_topk {
+
+BucketExchange::BucketExchange(Shared& shared, BucketState& state)
+    : shared_(shared), state_(state), collectives_(shared.comm_thread) {
+  if (state.backend.streams) events_.emplace(state.backend.streams->type());
+}
+
+// --- a step, from its beginning to its end
+// ----------------------------------------------------------
+
+Mode BucketExchange::choose_mode() const {
+  if (number_ < static_cast<uint64_t>(shared_.config.start_step)) return Mode::kAverage;
+  if (state_.bucket.shared != nullptr && !state_.started) return Mode::kStart;
+  return plan().in_place && state_.bucket.shared == nullptr ? Mode::kAverage : Mode::kCompress;
+}
+
+void BucketExchange::begin(const at::Tensor& buffer, int64_t index, bool result_in_buffer) {
+  index_ = index;
+  if (state_.progress->failed) shared_.lifecycle.fail(place() + ": averaging it has failed");
+  shared_.lifecycle.check_running();
+  if (state_.progress->busy) {
+    throw std::runtime_error(
+        "arc_topk: " + place() +
+        " is still being exchanged; expected its future to be waited for before "
+        "the bucket is handed over again");
+  }
+  state_.take(buffer);
+  state_.bucket.result_in_gradient = result_in_buffer;
+  state_.progress->busy = true;
+  number_ = state_.progress->exchanges;
+  mode_ = choose_mode();
+  threads_ = at::get_num_threads();
+  metrics_ = {};
+  since_ = std::chrono::steady_clock::now();
+  profiled_.reset();
+  if (at::getStepCallbacksUnlessEmpty(at::RecordScope::USER_SCOPE)) profiled_.emplace();
+}
+
+// From here on the bucket may begin its next step, or go: the last that is done with it.
+void BucketExchange::end() {
+  range_.end();
+  state_.let_go();
+  state_.progress->busy = false;
+}
+
+c10::intrusive_ptr<c10::ivalue::Future> BucketExchange::start(const at::Tensor& buffer,
+                                                              int64_t index,
+                                                              bool result_in_buffer) {
+  begin(buffer, index, result_in_buffer);
+  try {
+    if (mode_ == Mode::kAverage) return average();
+    prepare();
+    auto future = promise();
+    if (shared_.groups.comm == nullptr) {
+      run();
+    } else {
+      shared_.comm_thread.submit(*this);
+    }
+    return future;
+  } catch (...) {
+    future_.reset();
+    end();
+    throw;
+  }
+}
+
+at::Tensor BucketExchange::run_here(const at::Tensor& buffer) {
+  begin(buffer, 0, /*result_in_buffer=*/false);
+  const auto whole = [&](void* stream) {
+    state_.bucket.stream = stream;
+    if (mode_ != Mode::kAverage) fill_payload();
+    return finish(*shared_.groups.main);
+  };
+  try {
+    Streams* const queues = streams();
+    at::Tensor averaged = queues == nullptr ? whole(nullptr) : queues->here(whole);
+    end();
+    return averaged;
+  } catch (...) {
+    end();
+    throw;
+  }
+}
+
+c10::intrusive_ptr<c10::ivalue::Future> BucketExchange::promise() {
+  std::vector<c10::Device> devices;
+  if (state_.backend.streams) devices.push_back(*state_.backend.streams);
+  future_ = c10::make_intrusive<c10::ivalue::Future>(c10::TensorType::get(), std::move(devices));
+  return future_;
+}
+
+// Whoever waits for the future may let the engine go: nothing of it is touched behind its
+// completion.
+void BucketExchange::run() noexcept {
+  const c10::intrusive_ptr<c10::ivalue::Future> future = std::move(future_);
+  const bool on_comm_thread = shared_.groups.comm != nullptr;
+  try {
+    std::optional<at::ThreadLocalStateGuard> profiled;
+    if (on_comm_thread && profiled_) profiled.emplace(*profiled_);
+    if (at::get_num_threads() != threads_) at::set_num_threads(threads_);
+    c10d::ProcessGroup& group = on_comm_thread ? *shared_.groups.comm : *shared_.groups.main;
+    const auto complete = [&](at::Tensor averaged) {
+      end();
+      future->markCompleted(std::move(averaged));
+    };
+    Streams* const queues = streams();
+    if (queues == nullptr) return complete(finish(group));
+    const auto rest = [&](void* stream) {
+      state_.bucket.stream = stream;
+      return finish(group);
+    };
+    // The future remembers the stream that is current now: whoever waits for it waits for that.
+    queues->communicate(*events_, rest, complete);
+  } catch (const std::exception&) {
+    if (future->completed()) return;
+    end();
+    future->setError(std::current_exception());
+  }
+}
+
+void BucketExchange::give_up() noexcept {
+  const c10::intrusive_ptr<c10::ivalue::Future> future = std::move(future_);
+  const std::string text =
+      "arc_topk: " + place() + " was not exchanged: the engine was let go before its turn";
+  end();
+  future->setError(std::make_exception_ptr(std::runtime_error(text)));
+}
+
+void BucketExchange::settle() {
+  if (Streams* const queues = events_ ? streams() : nullptr) queues->settle(*events_);
+}
+
+// --- its parts
+// --------------------------------------------------------------------------------------
+
+void BucketExchange::prepare() {
+  Streams* const queues = streams();
+  if (queues == nullptr) return fill_payload();
+  queues->use(state_.gradient[0]);
+  queues->prepare(*events_, [&](void* stream) {
+    state_.bucket.stream = stream;
+    fill_payload();
+  });
+}
+
+void BucketExchange::fill_payload() {
+  enter(Phase::kPrepare);
+  if (mode_ == Mode::kStart && bucket().own_a != nullptr) kernels().remember(bucket());
+  if (mode_ == Mode::kCompress) state_.compressor->prepare(*this);
+  leave();
+}
+
+at::Tensor BucketExchange::finish(c10d::ProcessGroup& group) {
+  // After a collective has failed the group is of no use: what still waits fails at once, rather
+  // than running into its own time-out.
+  const std::string before = shared_.lifecycle.failure();
+  if (!before.empty()) {
+    throw std::runtime_error("arc_topk: " + place() +
+                             " was not exchanged, after this failure: " + before);
+  }
+  collectives_.begin(group, metrics_);
+  since_ = std::chrono::steady_clock::now();
+  phase_ = Phase::kFirstCollective;
+  try {
+    at::Tensor averaged = carry();
+    leave();
+    ++state_.progress->exchanges;
+    count_step();
+    return averaged;
+  } catch (const c10::Error& error) {
+    fail(error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    fail(error.what());
+  }
+}
+
+at::Tensor BucketExchange::carry() {
+  switch (mode_) {
+    case Mode::kAverage:
+      average_gradient(Phase::kFirstCollective);
+      break;
+    case Mode::kStart:
+      start_dense();
+      break;
+    case Mode::kCompress:
+      state_.compressor->exchange(*this);
+      ++state_.compressed;
+      break;
+  }
+  return result();
+}
+
+void BucketExchange::start_dense() {
+  average_gradient(Phase::kFirstCollective);
+  enter(Phase::kApply);
+  state_.started = kernels().adopt(bucket());
+  if (state_.started) return;
+  // A mean that is not finite starts nothing: the next step is dense again, on every rank alike.
+  for (at::Tensor* own : {&state_.own_a, &state_.own_b}) {
+    if (own->defined()) own->zero_();
+  }
+}
+
+at::Tensor BucketExchange::result() {
+  const bool in_gradient = mode_ != Mode::kCompress || bucket().shared == nullptr;
+  return in_gradient || kernels().publish(bucket()) ? state_.gradient[0] : state_.shared;
+}
+
+// What plain averaging costs in DDP itself, to the bit: scaled in place, then one asynchronous
+// all-reduce, no thread of ours in between.
+c10::intrusive_ptr<c10::ivalue::Future> BucketExchange::average() {
+  const auto divide = [&](void* stream) {
+    state_.bucket.stream = stream;
+    kernels().divide(bucket());
+  };
+  Streams* const queues = streams();
+  queues == nullptr ? divide(nullptr) : queues->here(divide);
+  collectives_.begin(*shared_.groups.main, metrics_);
+  auto future = collectives_.start_all_reduce(state_.gradient)->getFuture();
+  // From here on it is torch's alone: nothing of the bucket's is in the air, so it is not busy, and
+  // its step counts. (A callback would come too late for either: whoever waits may be faster.)
+  ++state_.progress->exchanges;
+  count_step();
+  end();
+  if (!future->completed()) {
+    const auto done = [progress = state_.progress](c10::ivalue::Future& averaged) {
+      if (averaged.hasError()) progress->failed = true;
+    };
+    future->addCallback(done, /*uses_future=*/false);
+  }
+  return future;
+}
+
+Projection BucketExchange::projection() {
+  return shared_.projection.of(number_, state_, shared_.store.max_cols(), seed());
+}
+
+void BucketExchange::average_gradient(Phase phase) {
+  kernels().divide(bucket());
+  all_reduce(state_.gradient, phase);
+}
+
+void BucketExchange::all_reduce(std::vector<at::Tensor>& payload, Phase phase) {
+  enter(phase);
+  collectives_.all_reduce(payload);
+}
+
+Gathered BucketExchange::all_gather_message(Phase phase) {
+  enter(phase);
+  collectives_.all_gather(state_.gathered, state_.message[0]);
+  return {state_.message[0].const_data_ptr(), state_.gathered.const_data_ptr(),
+          state_.message[0].numel()};
+}
+
+// --- what is told of it
+// ------------------------------------------------------------------------------
+
+std::string BucketExchange::place() const {
+  return "bucket " + std::to_string(index_) + " (first parameter " +
+         (state_.first_name.empty() ? "of shape " + c10::str(state_.layouts[0].sizes)
+                                    : "'" + state_.first_name + "'") +
+         ")";
+}
+
+void BucketExchange::fail(const std::string& what) {
+  const std::string text = "arc_topk: rank " + std::to_string(shared_.rank) + ", " + place() +
+                           ", phase " + name_of(phase_) + ": " + what;
+  shared_.lifecycle.fail(text);
+  throw std::runtime_error(text);
+}
+
+void BucketExchange::count_step() {
+  metrics_.steps = number_ + 1;
+  metrics_.compressed_steps = state_.compressed;
+  metrics_.exchanges = 1;
+  metrics_.dense_bytes = static_cast<uint64_t>(plan().dense_bytes);
+  if (state_.energy.is_cpu()) {  // a device's is read when asked for
+    Energy& energy = *state_.bucket.energy;
+    // Compressors without a sketch have nothing to compare with.
+    if (energy.total > 0) metrics_.energy = energy;
+    energy = {0, 0};
+  }
+  shared_.metrics.add(metrics_);
+}
+
+void BucketExchange::enter(Phase phase) {
+  leave();
+  phase_ = phase;
+  range_.begin(kernels(), phase, index_);
+}
+
+void BucketExchange::leave() {
+  const auto now = std::chrono::steady_clock::now();
+  metrics_.seconds[static_cast<int>(phase_)] += std::chrono::duration<double>(now - since_).count();
+  since_ = now;
+  range_.end();
+}
+
+}  // namespace arc_topk

@@ -1,0 +1,96 @@
+// The exchange of one bucket: carries it through one step after the other, on the thread that
+// prepares and then on the communication thread. Made once per bucket and used again every step.
+#pragma once
+
+#include <ATen/ThreadLocalState.h>
+#include <ATen/core/ivalue.h>
+
+#include <chrono>
+#include <optional>
+#include <string>
+
+#include "exchange/collectives.h"
+#include "exchange/shared.h"
+#include "exchange/trace.h"
+
+namespace arc_topk {
+
+// What a step does with a bucket.
+enum class Mode : uint8_t {
+  kAverage,  // plain averaging: before start_step, or nothing is compressed or remembered
+  kStart,    // EF21, EF21M: the dense first step, v_i = h_i = g_i, h = mean g
+  kCompress,
+};
+
+class BucketExchange final : public Step, public CommThread::Job {
+ public:
+  BucketExchange(Shared& shared, BucketState& state);
+
+  // Begins a step: prepares on the calling thread, then has the rest done. The future holds the
+  // averaged bucket. `index` names the bucket in errors.
+  c10::intrusive_ptr<c10::ivalue::Future> start(const at::Tensor& buffer, int64_t index,
+                                                bool result_in_buffer);
+  // The whole step on the calling thread and its current stream. The averaged bucket.
+  at::Tensor run_here(const at::Tensor& buffer);
+
+  bool busy() const { return state_.progress->busy; }
+  // Makes the caller's stream wait for what is queued of this bucket.
+  void settle();
+
+  // The rest of a step, in the bucket's turn, into the future. With streams and without a
+  // communication thread all of it is only queued.
+  void run() noexcept override;
+  void give_up() noexcept override;
+
+  const Plan& plan() const override { return state_.plan; }
+  const Bucket& bucket() const override { return state_.bucket; }
+  const Kernels& kernels() const override { return *state_.backend.kernels; }
+  uint64_t seed() const override { return shared_.config.seed; }
+  uint64_t number() const override { return number_; }
+  Projection projection() override;
+  void all_reduce_first(Phase phase) override { all_reduce(state_.first, phase); }
+  void all_reduce_second(Phase phase) override { all_reduce(state_.second, phase); }
+  void average_gradient(Phase phase) override;
+  Gathered all_gather_message(Phase phase) override;
+  void enter(Phase phase) override;
+
+ private:
+  void begin(const at::Tensor& buffer, int64_t index, bool result_in_buffer);
+  void end();
+  Mode choose_mode() const;
+  Streams* streams() { return shared_.streams_for(state_.backend.streams); }
+  void prepare();
+  void fill_payload();
+  c10::intrusive_ptr<c10::ivalue::Future> average();
+  c10::intrusive_ptr<c10::ivalue::Future> promise();
+  // Throws what went wrong with its place: rank, bucket, phase, first parameter.
+  at::Tensor finish(c10d::ProcessGroup& group);
+  at::Tensor carry();
+  void start_dense();
+  at::Tensor result();
+  void all_reduce(std::vector<at::Tensor>& payload, Phase phase);
+  void leave();
+  void count_step();
+  std::string place() const;
+  [[noreturn]] void fail(const std::string& what);
+
+  Shared& shared_;
+  BucketState& state_;
+  Collectives collectives_;
+  c10::intrusive_ptr<c10::ivalue::Future> future_;
+  int64_t index_ = 0;
+  uint64_t number_ = 0;
+  Mode mode_ = Mode::kCompress;
+  int threads_ = 0;  // the preparing thread's; a new thread would start with its own default
+
+  std::optional<BucketEvents> events_;  // where the device has streams
+  // The caller's, while somebody profiles: the communication thread then shows up as well.
+  std::optional<at::ThreadLocalState> profiled_;
+
+  TraceRange range_;
+  Phase phase_ = Phase::kPrepare;
+  std::chrono::steady_clock::time_point since_;
+  Metrics metrics_;  // of this step, added to the engine's at its end
+};
+
+}  // namespace arc_topk

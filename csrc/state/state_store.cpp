@@ -1,0 +1,296 @@
+#include "state/state_store.h"
+
+#include <ATen/ops/where.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "compress/make_plan.h"
+
+namespace arc_topk {
+namespace {
+
+std::string quoted(const std::string& name) { return name.empty() ? name : "'" + name + "' "; }
+
+std::string text_of(at::IntArrayRef sizes) { return c10::str(sizes); }
+
+// Values of one tensor from one arena into another, each as it lies there.
+void carry(const at::Tensor& to, int64_t to_offset, const Layout& to_layout, const at::Tensor& from,
+           int64_t from_offset, const Layout& from_layout) {
+  if (!to.defined() || !from.defined()) return;
+  to.as_strided(to_layout.sizes, to_layout.strides, to_offset)
+      .copy_(from.as_strided(from_layout.sizes, from_layout.strides, from_offset));
+}
+
+// Puts the first element of h in its place where NaN stands for it in `old`: see
+// Kernels::publish().
+void give_back(const at::Tensor& h, const Segment& here, const BucketState& old, int64_t there) {
+  if (!h.defined() || !old.withheld.defined() || here.numel == 0) return;
+  at::Tensor first = h.narrow(0, here.offset, 1);
+  first.copy_(at::where(old.is_withheld.narrow(0, there, 1).to(first.device()),
+                        old.withheld.narrow(0, there, 1).to(first.options()), first));
+}
+
+}  // namespace
+
+StateStore::StateStore(Config config, int world_size)
+    : config_(std::move(config)),
+      compressor_(compressor_named(config_.compressor)),
+      world_size_(world_size) {}
+
+// --- slots
+// ----------------------------------------------------------------------------------------
+
+const StateStore::Slot* StateStore::slot_of(const at::Tensor& parameter) const {
+  const auto place = places_.find(parameter.unsafeGetTensorImpl());
+  return place == places_.end() ? nullptr : &slots_[place->second];
+}
+
+size_t StateStore::slot_for(const at::Tensor& parameter) {
+  const auto [place, is_new] = places_.try_emplace(parameter.unsafeGetTensorImpl(), slots_.size());
+  if (is_new) {
+    slots_.push_back({"", c10::weak_intrusive_ptr<c10::TensorImpl>(parameter.getIntrusivePtr())});
+  }
+  return place->second;
+}
+
+std::vector<StateStore::Slot> StateStore::rebound(const Parameters& parameters,
+                                                  const std::vector<std::string>& names) const {
+  std::unordered_map<std::string, const Slot*> by_name;
+  for (const Slot& slot : slots_) {
+    if (!slot.name.empty()) by_name.emplace(slot.name, &slot);
+  }
+  std::vector<Slot> slots;
+  size_t taken = 0;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const at::Tensor& parameter = parameters[i];
+    Slot slot{names[i], c10::weak_intrusive_ptr<c10::TensorImpl>(parameter.getIntrusivePtr())};
+    const auto named = by_name.find(names[i]);
+    const Slot* old = named != by_name.end() ? named->second : slot_of(parameter);
+    if (old != nullptr && old->bucket != nullptr) {
+      const Layout& layout = old->bucket->layouts[old->index];
+      if (parameter.sizes() != at::IntArrayRef(layout.sizes)) {
+        throw std::invalid_argument(
+            "arc_topk: parameter '" + names[i] + "' has shape " + text_of(parameter.sizes()) +
+            ", but its error feedback is of shape " + text_of(layout.sizes) +
+            "; expected the same shape: make a new State for another model");
+      }
+      slot.bucket = old->bucket;
+      slot.index = old->index;
+      ++taken;
+    }
+    slots.push_back(std::move(slot));
+  }
+  const auto has_state = [](const Slot& slot) { return slot.bucket != nullptr; };
+  if (taken == static_cast<size_t>(std::count_if(slots_.begin(), slots_.end(), has_state))) {
+    return slots;
+  }
+  const auto left = std::find_if(slots_.begin(), slots_.end(), [&](const Slot& old) {
+    return has_state(old) && std::none_of(slots.begin(), slots.end(), [&](const Slot& slot) {
+             return slot.bucket == old.bucket && slot.index == old.index;
+           });
+  });
+  throw std::invalid_argument(
+      "arc_topk: there is error feedback of parameter " +
+      (left->name.empty()
+           ? "of shape " + text_of(left->bucket->layouts[left->index].sizes) + " that has no name"
+           : "'" + left->name + "'") +
+      ", which the model to bind to does not have; expected the model that the state was used "
+      "with: "
+      "make a new State for another one");
+}
+
+void StateStore::check_bind(const Parameters& parameters,
+                            const std::vector<std::string>& names) const {
+  rebound(parameters, names);
+}
+
+void StateStore::bind(const Parameters& parameters, const std::vector<std::string>& names) {
+  slots_ = rebound(parameters, names);
+  places_.clear();
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    places_.emplace(parameters[i].unsafeGetTensorImpl(), i);
+  }
+  bound_ = true;
+  for (auto& [bucket, owned] : buckets_) owned.retired = true;
+}
+
+Standing StateStore::standing() const {
+  Standing standing;
+  for (const Slot& slot : slots_) {
+    standing.exchanges.push_back(slot.bucket == nullptr ? first_exchange_
+                                                        : slot.bucket->progress->exchanges.load());
+    standing.started.push_back(slot.bucket != nullptr && slot.bucket->started);
+  }
+  return standing;
+}
+
+void StateStore::resume(uint64_t exchanges, bool afresh) {
+  first_exchange_ = exchanges;
+  for (auto& [bucket, owned] : buckets_) {
+    owned.state->progress->exchanges = exchanges;
+    if (afresh) owned.state->started = false;
+  }
+}
+
+// --- buckets
+// --------------------------------------------------------------------------------------
+
+BucketState* StateStore::find(const Parameters& parameters, const at::Tensor& buffer) const {
+  const Slot* first = parameters.empty() ? nullptr : slot_of(parameters.front());
+  if (first == nullptr || first->bucket == nullptr) return nullptr;
+  BucketState* bucket = first->bucket;
+  const Owned& owned = buckets_.at(bucket);
+  if (owned.retired || owned.tensors.size() != parameters.size() ||
+      bucket->plan.numel != buffer.numel() || bucket->device != buffer.device() ||
+      scalar_type_of(bucket->plan.types.gradient) != buffer.scalar_type() ||
+      !buffer.is_contiguous()) {
+    return nullptr;
+  }
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (owned.tensors[i] != parameters[i].unsafeGetTensorImpl()) return nullptr;
+    if (!lies_as(bucket->layouts[i], buffer, parameters[i])) return nullptr;
+  }
+  return bucket;
+}
+
+void StateStore::check(const Parameters& parameters, const std::vector<Layout>& layouts,
+                       const at::Tensor& buffer) const {
+  int64_t numel = 0;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const Slot* slot = slot_of(parameters[i]);
+    const std::string which = "arc_topk: parameter " + quoted(slot == nullptr ? "" : slot->name) +
+                              "of shape " + text_of(layouts[i].sizes);
+    if (slot == nullptr && bound_) {
+      throw std::invalid_argument(which +
+                                  " is not one of the model that this state was bound to last; "
+                                  "expected its parameters only: bind the state to this model");
+    }
+    if (slot != nullptr && slot->bucket != nullptr &&
+        slot->bucket->layouts[slot->index].sizes != layouts[i].sizes) {
+      throw std::invalid_argument(which + " had shape " +
+                                  text_of(slot->bucket->layouts[slot->index].sizes) +
+                                  " before; expected a shape that stays: its error feedback "
+                                  "cannot be carried over, make a new State");
+    }
+    numel += c10::multiply_integers(layouts[i].sizes);
+  }
+  if (parameters.empty() || buffer.numel() != numel || !buffer.is_contiguous()) {
+    throw std::invalid_argument(
+        "arc_topk: the bucket has " + std::to_string(buffer.numel()) + " elements, but its " +
+        std::to_string(parameters.size()) + " parameters have " + std::to_string(numel) +
+        "; expected one contiguous buffer with one gradient after the other");
+  }
+}
+
+BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& buffer,
+                              const std::function<void(BucketState&)>& leaving) {
+  std::vector<Layout> layouts;
+  for (const at::Tensor& parameter : parameters) layouts.push_back(layout_in(buffer, parameter));
+  check(parameters, layouts, buffer);
+
+  std::vector<Shape> shapes;
+  size_t fresh = slots_.size();
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    shapes.push_back(shape_of(layouts[i].sizes, layouts[i].strides));
+    const auto place = places_.find(parameters[i].unsafeGetTensorImpl());
+    shapes[i].stream = static_cast<uint32_t>(place == places_.end() ? fresh++ : place->second);
+  }
+  Owned made{make_bucket_state(config_, compressor_, world_size_, layouts, shapes, buffer), {}};
+  BucketState& bucket = *made.state;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const Slot* slot = slot_of(parameters[i]);
+    const bool has_residual = slot != nullptr && slot->bucket != nullptr &&
+                              slot->bucket->own_a.defined() &&
+                              slot->bucket->plan.segments[slot->index].compressed();
+    if (has_residual && !bucket.plan.segments[i].compressed()) {
+      throw std::invalid_argument(
+          "arc_topk: parameter " + quoted(slot->name) +
+          "was compressed and, with gradients of dtype " + c10::toString(buffer.scalar_type()) +
+          ", is not worth it any more; expected a dtype with which it stays "
+          "compressed: its error feedback would be lost, make a new State");
+    }
+  }
+
+  const std::lock_guard lock(mutex_);
+  made.tenants = static_cast<int64_t>(parameters.size());
+  bucket.progress->exchanges = first_exchange_;
+  bucket.started = true;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    made.tensors.push_back(parameters[i].unsafeGetTensorImpl());
+    Slot& slot = slots_[slot_for(parameters[i])];
+    // A dense step starts all of them again where one of them has not started: nothing is lost by
+    // it.
+    const bool started = move(slot, bucket, i);
+    const bool has_estimate =
+        bucket.plan.segments[i].compressed() || config_.feedback == FeedbackKind::kEF21M;
+    if (has_estimate) bucket.started = bucket.started && started;
+    if (i == 0) bucket.first_name = slot.name;
+    leave(slot, bucket, leaving);
+    slot.bucket = &bucket;
+    slot.index = i;
+  }
+  max_cols_ = std::max(max_cols_, bucket.plan.max_cols);
+  buckets_.emplace(&bucket, std::move(made));
+  return bucket;
+}
+
+bool StateStore::move(const Slot& slot, BucketState& to, size_t index) const {
+  if (slot.bucket == nullptr) return false;
+  const BucketState& old = *slot.bucket;
+  const int64_t here = to.plan.segments[index].offset;
+  const int64_t there = old.plan.segments[slot.index].offset;
+  const Layout& here_as = to.layouts[index];
+  const Layout& there_as = old.layouts[slot.index];
+  carry(to.own_a, here, here_as, old.own_a, there, there_as);
+  carry(to.own_b, here, here_as, old.own_b, there, there_as);
+  carry(to.shared, here, here_as, old.shared, there, there_as);
+  give_back(to.shared, to.plan.segments[index], old, static_cast<int64_t>(slot.index));
+  if (index == 0) {
+    to.progress->exchanges = old.progress->exchanges.load();
+    to.compressed = old.compressed;
+  }
+  return old.started;
+}
+
+void StateStore::leave(const Slot& slot, BucketState& successor,
+                       const std::function<void(BucketState&)>& leaving) {
+  if (slot.bucket == nullptr) return;
+  const auto old = buckets_.find(slot.bucket);
+  if (--old->second.tenants > 0) return;
+  successor.energy.add_(old->second.state->energy.to(successor.energy.device()));
+  leaving(*old->second.state);
+  buckets_.erase(old);
+}
+
+// --- energy
+// ---------------------------------------------------------------------------------------
+
+Energy StateStore::device_energy() const {
+  std::vector<at::Tensor> sums;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [bucket, owned] : buckets_) {
+      // Those of the CPU are counted as its steps end.
+      if (!bucket->energy.is_cpu()) sums.push_back(bucket->energy);
+    }
+  }
+  Energy sum{0, 0};
+  for (const at::Tensor& there : sums) {
+    const at::Tensor here = there.cpu();
+    const auto* energy = static_cast<const Energy*>(here.const_data_ptr());
+    sum.captured += energy->captured;
+    sum.total += energy->total;
+  }
+  return sum;
+}
+
+void StateStore::reset_device_energy() {
+  const std::lock_guard lock(mutex_);
+  for (auto& [bucket, owned] : buckets_) {
+    if (!bucket->energy.is_cpu()) owned.state->energy.zero_();
+  }
+}
+
+}  // namespace arc_topk

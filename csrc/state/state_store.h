@@ -1,0 +1,103 @@
+// Error feedback by parameter: which bucket holds it now, and how it moves on.
+//
+// DDP rebuilds its buckets after the first backward: other parameters side by side, in another
+// order. A bucket is therefore known by its list of parameters and how their gradients lie, never
+// by its index. When an unknown list comes, a bucket is made for it and the values of its
+// parameters move over from where they were; an old bucket goes once the last of its parameters has
+// left.
+//
+// What stays is the slot: the place of a parameter in the list that all ranks have agreed on, with
+// its name. Another model's parameters take over the slots of the same names.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "config.h"
+#include "state/bucket_state.h"
+
+namespace arc_topk {
+
+using Parameters = std::vector<at::Tensor>;
+
+// What ranks compare before they go on together, a parameter each.
+struct Standing {
+  std::vector<uint64_t> exchanges;
+  std::vector<bool> started;
+};
+
+class StateStore {
+ public:
+  StateStore(Config config, int world_size);
+
+  // Throws std::invalid_argument, naming the parameter, where bind() could not keep what is there.
+  void check_bind(const Parameters& parameters, const std::vector<std::string>& names) const;
+  // These parameters are the slots from now on, in this order. State is taken over by name; from
+  // parameters that had none, by identity. Other parameters are refused from now on.
+  void bind(const Parameters& parameters, const std::vector<std::string>& names);
+
+  Standing standing() const;
+  // All buckets go on as step `exchanges`; `afresh`: EF21 and EF21M with a dense first step again.
+  void resume(uint64_t exchanges, bool afresh);
+
+  // The bucket of these parameters as they lie in `buffer`; null: unknown, make() it.
+  BucketState* find(const Parameters& parameters, const at::Tensor& buffer) const;
+  // Throws std::invalid_argument before anything is touched. Nothing may be in the air: buckets
+  // that are left empty go, each told to `leaving` before.
+  BucketState& make(const Parameters& parameters, const at::Tensor& buffer,
+                    const std::function<void(BucketState&)>& leaving);
+
+  // What device kernels have added up so far: no step of theirs is waited for by the host, so it
+  // is read only when asked for. From any thread.
+  Energy device_energy() const;
+  void reset_device_energy();
+
+  int64_t max_cols() const { return max_cols_; }  // the widest compressed matrix seen so far
+
+ private:
+  struct Slot {
+    std::string name;
+    // Not the tensor itself: state must not keep a model alive. Its address is not used again while
+    // somebody remembers it so.
+    c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
+    BucketState* bucket = nullptr;  // null: has no state yet
+    size_t index = 0;               // which of the bucket's tensors
+  };
+  struct Owned {
+    std::unique_ptr<BucketState> state;
+    std::vector<const c10::TensorImpl*> tensors;
+    int64_t tenants = 0;   // slots whose values are here
+    bool retired = false;  // known no more, but by the values that lie in it
+  };
+
+  const Slot* slot_of(const at::Tensor& parameter) const;
+  size_t slot_for(const at::Tensor& parameter);
+  std::vector<Slot> rebound(const Parameters& parameters,
+                            const std::vector<std::string>& names) const;
+  void check(const Parameters& parameters, const std::vector<Layout>& layouts,
+             const at::Tensor& buffer) const;
+  // Brings the values of a slot to where they are from now on. Whether they were started.
+  bool move(const Slot& slot, BucketState& to, size_t index) const;
+  void leave(const Slot& slot, BucketState& successor,
+             const std::function<void(BucketState&)>& leaving);
+
+  const Config config_;
+  const Compressor& compressor_;
+  const int world_size_;
+  int64_t max_cols_ = 0;
+  bool bound_ = false;
+  uint64_t first_exchange_ = 0;  // of buckets without history
+  std::vector<Slot> slots_;
+  std::unordered_map<const c10::TensorImpl*, size_t> places_;  // of the slots' tensors
+  mutable std::mutex mutex_;                                   // of the list of buckets
+  std::unordered_map<const BucketState*, Owned> buckets_;
+};
+
+}  // namespace arc_topk
