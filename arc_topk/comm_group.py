@@ -6,6 +6,7 @@ import datetime
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 
 def comm_group(
@@ -22,14 +23,14 @@ def comm_group(
         token: the same on all ranks, and never used before with this group.
     """
     name = f"arc_topk/{token}"
-    store = dist.PrefixStore(name, group.get_group_store())
+    store = PrefixStore(name, group.get_group_store())
     rank, size = group.rank(), group.size()
     gloo = dist.ProcessGroup.BackendType.GLOO
     made = dist.ProcessGroup(store, rank, size)
-    backend = dist.ProcessGroupGloo(dist.PrefixStore("cpu", store), rank, size, timeout)
+    backend = dist.ProcessGroupGloo(PrefixStore("cpu", store), rank, size, timeout)
     for device in ("cpu", "cuda"):  # it stages what lies on a GPU through the host
         made._register_backend(torch.device(device), gloo, backend)
     made._set_default_backend(gloo)
-    made._set_group_name(name)
+    made._set_group_name(name)  # type: ignore[arg-type]
     made._set_group_desc("arc_topk")
     return made
