@@ -38,7 +38,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help test test-slow test-cpp gpu-check registers demo bench lint format build clean distclean
+.PHONY: help test test-slow test-cpp gpu-check golden registers demo bench lint format build clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -58,6 +58,9 @@ test-cpp: build ## the C++ tests alone
 # It builds by itself, so that a build that fails is one line of its table.
 gpu-check: $(DEPENDENCIES) ## all that needs a GPU, in 9 minutes: table and JSON in OUT (build/gpu-check)
 	$(PY) tests/gpu/check.py $(ARGS)
+
+golden: build ## record the hashes of results anew: see tests/python/test_golden.py
+	$(PY) tests/python/test_golden.py
 
 registers: build ## registers and spills of every CUDA kernel, without a GPU
 	$(PY) tests/python/cubin.py
