@@ -317,7 +317,7 @@ void spoil(DeviceBucket& x) {
   };
   fill(1, 0);
   fill(8, 0);
-  x.host.set_gradient(x.host.segments[4].offset + 50, NAN);
+  for (int64_t i : {50, 1500, 3000}) x.host.set_gradient(x.host.segments[4].offset + i, NAN);
   x.host.set_gradient(x.host.segments[9].offset + 8200, -INFINITY);
   x.copy_gradient();
 }
