@@ -52,7 +52,8 @@ test-slow: build ## the tests that take minutes
 	$(PY) -m pytest -m slow $(ARGS)
 
 test-cpp: build ## the C++ tests alone
-	@if [ -x build/bin/arc_topk_tests ]; then set -x; build/bin/arc_topk_tests --gtest_brief=1; \
+	@if [ -x build/bin/arc_topk_tests ]; then set -ex; build/bin/arc_topk_tests --gtest_brief=1; \
+	build/bin/arc_topk_races --gtest_brief=1; \
 	else echo "No GoogleTest here: the C++ tests are left out."; fi
 
 # It builds by itself, so that a build that fails is one line of its table.

@@ -97,5 +97,8 @@ def describe(
 def cpu_isa() -> str:
     """The instruction set the CPU kernels run with: "baseline", "avx2" or "avx512"."""
 
+def why_unusable(device: int) -> str:
+    """Why the CUDA kernels cannot run on the GPU of this index, and what to do; "" if they can."""
+
 def build_info() -> dict[str, Any]:
     """`arc_topk.build_info` without "version" and "cpu_isa"."""

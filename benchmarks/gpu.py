@@ -9,7 +9,9 @@ for the host. "gpu_ms" is the same with the GPU kept busy until all is queued, a
 backward pass, and "over_floor" compares it with floor.py's bytes at the bandwidth of a plain
 streaming update of the same number of elements, measured in the same round. Collectives of one rank
 are copies within the GPU: they are counted in, so that the ratio is an upper bound of what compute
-costs. PowerSGD waits for the GPU by itself.
+costs. PowerSGD waits for the GPU by itself. Of fewer than ten million
+elements it is None: there launches are what takes the time, and the cache holds what the floor
+reads from memory.
 
 "host_us_30" and "host_us_300" are the time on the CPU of one hook call, for a bucket of that many
 tensors.
@@ -36,6 +38,7 @@ from workload import Workload, squares
 
 WARM_UP = 4
 MOST_BUCKETS = 16
+LEAST_FOR_FLOOR = 10_000_000
 CYCLES = 2e9  # a second's, about, of the GPU's clock
 ENGINES = ("arc_topk", "rand_k", "top_k")
 BASELINES = ("python", "powersgd")
@@ -92,6 +95,13 @@ def host_microseconds(tensors: int, device: str, calls: int = 50) -> float:
     return 1e6 * statistics.median(times[WARM_UP:])
 
 
+def require_nccl(name: str, metrics: dict[str, Any]) -> None:
+    """Raises RuntimeError where an engine has timed collectives through the host's memory."""
+    transport = metrics.get("transport", "nccl")
+    if not transport.startswith("nccl"):
+        raise RuntimeError(f"{name} exchanges by {transport!r}; expected NCCL: times would be its")
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All hooks in turn, round after round; ratios are formed within a round."""
     dtype = getattr(torch, args.dtype)
@@ -123,12 +133,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 torch.cuda.synchronize()
                 queued[name].append(timed(exchange, behind=2 * host)[0])
     engines = {name: contestants[name].state for name in ENGINES}
+    for name, engine in engines.items():
+        require_nccl(name, engine.metrics())
 
     def times_longer(name: str, than: str) -> float:
         pairs = zip(times[name][WARM_UP:], times[than][WARM_UP:], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    def over_floor(name: str) -> float:
+    def over_floor(name: str) -> float | None:
+        if workload.numel < LEAST_FOR_FLOOR:
+            return None
         moved = floor_bytes(engines[name].plan(), engines[name].config)
         pairs = zip(queued[name][WARM_UP:], rates[WARM_UP:], strict=True)
         return statistics.median(1e-3 * ms * rate / moved for ms, rate in pairs)

@@ -150,6 +150,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("describe", &describe, py::arg("config"), py::arg("sizes"), py::arg("strides"),
              py::arg("dtype"), py::arg("world_size"));
   module.def("cpu_isa", &cpu_isa);
+  module.def(
+      "why_unusable",
+      [](int device) {
+        const Kernels* kernels = cuda_kernels();
+        return kernels != nullptr ? kernels->why_unusable(device)
+                                  : "this build has no CUDA kernels, it was made without nvcc";
+      },
+      py::arg("device"));
   module.def("build_info", [] {
     const BuildInfo info = build_info();
     py::dict dict;

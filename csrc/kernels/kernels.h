@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "feedback/feedback.h"
 
@@ -170,8 +171,13 @@ class Kernels {
   virtual void begin_range(const char* /*name*/) const {}
   virtual void end_range() const {}
 
+  // Why a device of this kind cannot run the kernels, and what to do about it; empty if it can.
+  virtual std::string why_unusable(int /*index*/) const { return {}; }
+  // Whether what is queued on a stream is written down, to be done again and again.
+  virtual bool capturing(void* /*stream*/) const { return false; }
+
   // V for one step by random.h: columns c in [0, sketch_dim), rows [begin, end), at data[c * stride
-  // + row].
+  // + row]. A device may go on up to a multiple of 4 rows, within `stride`.
   virtual void project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
                        uint64_t seed, uint64_t step) const = 0;
 

@@ -1,3 +1,3 @@
 #include "cuda_on_host.h"
 
-template class arc_topk::cuda::Steps<arc_topk::testing::HostLauncher>;
+template class arc_topk::cuda::Steps<arc_topk::testing::HostLauncher<arc_topk::testing::Unwatched>>;

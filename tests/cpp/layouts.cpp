@@ -133,7 +133,8 @@ template <int kVector>
 void expect_each_element_once(const CudaBucket& x) {
   Counts elements(x.b.numel), once(x.b.numel);
   for (int64_t i = 0; i < x.b.numel; ++i) once.add(i);
-  HostLauncher().launch(x.b, "count", CountElements<kVector>{x.b, &elements}, x.b.num_pieces);
+  HostLauncher<Unwatched>().launch(x.b, "count", CountElements<kVector>{x.b, &elements},
+                                   x.b.num_pieces);
   elements.expect(once, "with vectors of " + std::to_string(kVector) + ", element");
 }
 
@@ -149,8 +150,8 @@ void expect_picked_rows_once(const CudaBucket& x) {
       for (int64_t i = k * s.cols; i < (k + 1) * s.cols; ++i) expected_places.add(s.packed + i);
     }
   }
-  HostLauncher().launch(x.b, "count", CountPicked<kVector>{x.b, &elements, &places},
-                        x.b.num_pieces);
+  HostLauncher<Unwatched>().launch(x.b, "count", CountPicked<kVector>{x.b, &elements, &places},
+                                   x.b.num_pieces);
   elements.expect(expected_elements, "of picked rows, element");
   places.expect(expected_places, "of picked rows, place");
 }

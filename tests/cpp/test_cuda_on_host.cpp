@@ -287,6 +287,8 @@ TEST_P(CudaKernels, ProjectIsTheCpus) {
     std::vector<float> a(static_cast<size_t>(dim) * 3000, -1.0f), c = a;
     cpu_kernels().project(x.host.b, a.data(), 3000, 3, 2999, 77, 1ull << 33);
     kernels.project(x.cuda.b, c.data(), 3000, 3, 2999, 77, 1ull << 33);
+    // Row 2999 is the rest of a vector, with the number that it has in a longer V.
+    cpu_kernels().project(x.host.b, a.data(), 3000, 2999, 3000, 77, 1ull << 33);
     EXPECT_EQ(a, c);
   }
 }

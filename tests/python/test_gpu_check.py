@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ import torch
 from rich.console import Console
 
 import arc_topk
+import arc_topk.device
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
 import check
+import gpu as gpu_benchmark
 
 QUIET = Console(quiet=True)
 PASSES = check.Step("passes", [sys.executable, "-c", "print('fine | so far')"], 20)
@@ -45,13 +50,22 @@ def test_every_step_runs_and_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_step_that_is_ended_takes_along_what_it_started(tmp_path: Path) -> None:
-    child = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
-    step = check.Step("starts", [sys.executable, "-c", f"{child}; time.sleep(60)"], 3)
-    assert check.run(step, tmp_path / "log", 3).result == "failed"
+    child = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
+    step = check.Step("starts", [sys.executable, "-c", f"{child}; time.sleep(600)"], 20)
+    assert check.run(step, tmp_path / "log", 20).result == "failed"
     started = int((tmp_path / "log").read_text())
-    # Ended, but perhaps not yet gone: whoever adopted it has to ask after it.
-    state = Path(f"/proc/{started}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    # Ended, but it goes in its own time; then whoever adopted it has to ask after it.
+    deadline = time.monotonic() + 60
+    while is_running(started):
+        assert time.monotonic() < deadline, f"process {started} is still running"
+        time.sleep(0.05)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_all_passed_is_success_and_one_not_done_is_not(tmp_path: Path) -> None:
@@ -72,6 +86,14 @@ def test_without_a_gpu_what_needs_one_is_not_done(
     assert check.main(["--only", "sanitizer"]) == 1
     text = (tmp_path / "out" / "gpu-check.md").read_text()
     assert text.count(check.NO_GPU) == len(check.SANITIZERS)
+
+
+def test_sanitizers_look_at_our_kernels_and_at_memory_that_is_not_cached(tmp_path: Path) -> None:
+    found = [s for s in check.steps(tmp_path) if "sanitizer" in s.name]
+    assert len(found) == len(check.SANITIZERS)
+    for step in found:
+        assert "kernel_substring=arc_topk" in step.command
+        assert step.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def test_compiles_for_the_gpu_that_is_there() -> None:
@@ -131,3 +153,25 @@ def test_a_device_that_is_not_there_is_named(
     monkeypatch.setattr(arc_topk, "build_info", lambda: {"cuda": kernels})
     found = device.why_unusable()
     assert found is None if reason is None else reason in str(found)
+
+
+def test_the_benchmark_times_nothing_but_nccl() -> None:
+    gpu_benchmark.require_nccl("top_k", {"transport": "nccl2"})
+    with pytest.raises(RuntimeError, match="top_k exchanges by 'gloo'; expected NCCL"):
+        gpu_benchmark.require_nccl("top_k", {"transport": "gloo"})
+
+
+@pytest.mark.parametrize("why", ["", "its driver is older than the CUDA toolkit"])
+def test_a_gpu_that_cannot_run_the_kernels_is_refused(
+    monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    asked = []
+    monkeypatch.setattr(arc_topk._C, "build_info", lambda: {"cuda": {}})
+    monkeypatch.setattr(arc_topk._C, "why_unusable", lambda index: asked.append(index) or why)
+    error = arc_topk.device.unservable("parameter 'w'", torch.device("cuda", 3))
+    assert asked == [3]
+    assert (
+        str(error) == f"parameter 'w' is on a GPU that cannot be used, 'cuda:3': {why}"
+        if why
+        else error is None
+    )

@@ -94,8 +94,8 @@ struct MarkDense {
         mean.load(b, s, run, x);
         for (int j = 0; j < kVector; ++j) {
           if (!run.has(j)) continue;
-          if (key_of(x[j]) != 0) scratch.used[p.segment] = 1;
-          if (!is_finite(x[j])) scratch.bad[p.segment] = 1;
+          if (key_of(x[j]) != 0) block.mark(scratch.used + p.segment, 1u);
+          if (!is_finite(x[j])) block.mark(scratch.bad + p.segment, 1u);
         }
       });
     }
@@ -333,7 +333,7 @@ struct ApplyGathered {
         for (int64_t i = begin + t; i < end; i += kThreads)
           squares[t].value[0] += put(shared.sum[i - begin], i);
       });
-      block.sync();
+      // No barrier: the same thread sets an element's sum back to zero.
     }
     add_sum(block, squares, shared.rest.warps, &b.energy->captured);
   }
@@ -349,7 +349,7 @@ struct ApplyGathered {
     block.each([&](int t) {
       for (int64_t i = t; i < end - begin; i += kThreads) shared.sum[i] = T(0);
     });
-    block.sync();
+    // count_below() has the barrier.
     for (int64_t rank = 0; rank < b.world_size; ++rank) {
       const int64_t there = shift + rank * gathered.stride;
       const void* picks = byte_offset(static_cast<const void*>(b.picks + s.pick), there);

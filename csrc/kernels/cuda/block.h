@@ -64,6 +64,17 @@ class DeviceBlock {
   ARC_TOPK_DEVICE static T fresh(const T* at) {
     return *const_cast<const volatile T*>(at);
   }
+  // Where many threads, or blocks, store the same value at once: not a race, but one relaxed atomic
+  // store each.
+  template <class T>
+  ARC_TOPK_DEVICE static void mark(T* at, T x) {
+    static_assert(sizeof(T) == 1 || sizeof(T) == 4);
+    if constexpr (sizeof(T) == 1) {
+      asm volatile("st.relaxed.gpu.u8 [%0], %1;" ::"l"(at), "r"(uint32_t{x}) : "memory");
+    } else {
+      asm volatile("st.relaxed.gpu.u32 [%0], %1;" ::"l"(at), "r"(uint32_t{x}) : "memory");
+    }
+  }
   // Whether any thread's value is true; also a sync().
   ARC_TOPK_DEVICE bool any(Each<bool>& x) const { return __syncthreads_or(x.value); }
 
@@ -81,27 +92,13 @@ class DeviceBlock {
     }
   }
 
-  // Replaces every thread's number by the sum of those of the threads before it; returns the sum of
-  // all. `warps` may be used again after the next sync().
-  ARC_TOPK_DEVICE uint32_t exclusive_sums(Each<uint32_t>& x, uint32_t (&warps)[kWarp]) const {
+  // Adds to every thread's number those of the threads before it in its warp.
+  ARC_TOPK_DEVICE void warp_prefix_sums(Each<uint32_t>& x) const {
     const int lane = threadIdx.x % kWarp;
-    const int warp = threadIdx.x / kWarp;
-    const uint32_t own = x.value;
-    uint32_t sum = own;
     for (int offset = 1; offset < kWarp; offset *= 2) {
-      const uint32_t below = __shfl_up_sync(0xFFFFFFFFu, sum, offset);
-      if (lane >= offset) sum += below;
+      const uint32_t below = __shfl_up_sync(0xFFFFFFFFu, x.value, offset);
+      if (lane >= offset) x.value += below;
     }
-    if (lane == kWarp - 1) warps[warp] = sum;
-    __syncthreads();
-    uint32_t before = 0, all = 0;
-    for (int i = 0; i < kCount / kWarp; ++i) {
-      if (i == warp) before = all;
-      all += warps[i];
-    }
-    x.value = before + sum - own;
-    __syncthreads();
-    return all;
   }
 };
 
@@ -123,6 +120,30 @@ ARC_TOPK_DEVICE void block_sums(Block& block, typename Block::template Each<Sums
     }
   });
   block.sync();
+}
+
+// Replaces every thread's number by the sum of those of the threads before it; returns the sum of
+// all. `warps` may be used again after the next sync().
+template <class Block>
+ARC_TOPK_DEVICE uint32_t exclusive_sums(Block& block, typename Block::template Each<uint32_t>& x,
+                                        uint32_t (&warps)[kWarp]) {
+  typename Block::template Each<uint32_t> sums = x;
+  block.warp_prefix_sums(sums);
+  block.each([&](int t) {
+    if (t % kWarp == kWarp - 1) warps[t / kWarp] = sums[t];
+  });
+  block.sync();
+  block.each([&](int t) {
+    uint32_t before = 0;
+    for (int warp = 0; warp < Block::kThreads / kWarp; ++warp) {
+      before += warp < t / kWarp ? warps[warp] : 0;
+    }
+    x[t] = before + sums[t] - x[t];
+  });
+  uint32_t all = 0;
+  for (int warp = 0; warp < Block::kThreads / kWarp; ++warp) all += warps[warp];
+  block.sync();
+  return all;
 }
 
 // Adds the sum over the whole block to a number in the device's memory.
@@ -149,7 +170,7 @@ ARC_TOPK_DEVICE bool is_last(Block& block, uint32_t* counter, uint32_t weight, u
     block.fence();
     shared = block.add(counter, weight) + weight == total;
     if (!shared) return;
-    *counter = 0;
+    block.mark(counter, 0u);
     block.fence();
   });
   block.sync();

@@ -73,7 +73,7 @@ struct FindNonFinite {
       T x[kVector];
       Array<AnyType>(b.gradient, b.gradient_type).load(run, x);
       for (int j = 0; j < kVector; ++j) {
-        if (!is_finite(x[j])) *found = 1;
+        if (!is_finite(x[j])) block.mark(found, 1u);
       }
     });
   }

@@ -55,6 +55,51 @@ class CudaLauncher {
 
 class CudaKernels final : public Steps<CudaLauncher> {
  public:
+  // Host calls alone, but for the context that torch makes anyway.
+  std::string why_unusable(int index) const override {
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaSuccess && index >= count)
+      return "CUDA finds " + std::to_string(count) + " GPUs: look at CUDA_VISIBLE_DEVICES";
+    int before = 0;
+    cudaDeviceProp its{};
+    cudaFuncAttributes attributes;
+    if (error == cudaSuccess) error = cudaGetDevice(&before);
+    if (error == cudaSuccess) error = cudaGetDeviceProperties(&its, index);
+    if (error == cudaSuccess) error = cudaSetDevice(index);
+    if (error == cudaSuccess) {
+      // Loads the kernel, as its first launch would.
+      error = cudaFuncGetAttributes(&attributes, run<Clear>);
+      const cudaError_t back = cudaSetDevice(before);
+      if (error == cudaSuccess) error = back;
+    }
+    if (error == cudaSuccess) return {};
+    cudaGetLastError();  // it is told here, and not by the next launch
+    const std::string text = cudaGetErrorString(error);
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+        error == cudaErrorUnsupportedPtxVersion) {
+      return "its compute capability is " + std::to_string(its.major) + "." +
+             std::to_string(its.minor) + ", for which this build has no kernels (" + text +
+             "): build with ARC_TOPK_CUDA_ARCHS=" + std::to_string(its.major) +
+             std::to_string(its.minor);
+    }
+    if (error == cudaErrorInsufficientDriver) {
+      return "its driver is older than the CUDA toolkit that the kernels were built with (" + text +
+             "): update the driver, or build with an older toolkit";
+    }
+    return "CUDA says: " + text;
+  }
+  // A stream that another's capture forbids to ask of is taken as captured.
+  bool capturing(void* stream) const override {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+    if (error == cudaErrorStreamCaptureImplicit) {
+      cudaGetLastError();
+      return true;
+    }
+    check(error, "capturing");
+    return status != cudaStreamCaptureStatusNone;
+  }
   void begin_range(const char* name) const override { nvtxRangePushA(name); }
   void end_range() const override { nvtxRangePop(); }
 };

@@ -115,7 +115,7 @@ struct Pack {
         if (undoes) undo(state, e, x);
         state.a.store(run, x);
       });
-      block.sync();
+      // picks_of() has the barrier, before send() reads it.
     }
   }
 

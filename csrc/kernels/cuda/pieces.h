@@ -45,7 +45,7 @@ ARC_TOPK_DEVICE int64_t find_piece(const Bucket& b, int64_t segment, int64_t row
 
 // How many of `count` ascending numbers are less than `bound`; get(i) is number i. All threads look
 // at once, each at the end of another stretch: what one thread would find by ten reads one after
-// the other takes two.
+// the other takes two. A sync() as well, where there are any.
 template <class Block, class Get>
 ARC_TOPK_DEVICE int64_t count_below(Block& block, int64_t count, int64_t bound, const Get& get) {
   int64_t begin = 0;

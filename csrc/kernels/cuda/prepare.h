@@ -114,7 +114,7 @@ struct Prepare {
     }
     if (v.data != nullptr && part) add_parts(block, shared, s, p);
     block.each([&](int t) {
-      if (!finite[t]) b.bad[p.segment] = 1;
+      if (!finite[t]) block.mark(b.bad + p.segment, uint8_t{1});
     });
   }
 

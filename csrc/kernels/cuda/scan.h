@@ -29,7 +29,7 @@ struct Scan {
     });
     if (s.compressed() && !is_known(block, used) && finds(block, range_of(s, p))) {
       block.each([&](int t) {
-        if (t == 0) *used = 1;
+        if (t == 0) block.mark(used, 1u);
       });
     }
     if (!is_last(block, scratch.counters, 1, static_cast<uint32_t>(block.blocks()), shared.last))

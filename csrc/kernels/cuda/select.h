@@ -190,7 +190,7 @@ ARC_TOPK_DEVICE void find_bin(Block& block, uint32_t left, const Bins& bins, Bin
     above[t] = 0;
     for (int i = 0; i < kEach; ++i) above[t] += bins(kBins - 1 - (t * kEach + i));
   });
-  block.exclusive_sums(above, found.warps);
+  exclusive_sums(block, above, found.warps);
   block.each([&](int t) {
     uint32_t before = above[t];
     for (int i = 0; i < kEach; ++i) {
@@ -238,7 +238,7 @@ ARC_TOPK_DEVICE void take(Block& block, const Make& make, int64_t begin, int64_t
       ARC_TOPK_UNROLL
       for (int i = 0; i < kRows; ++i) before[t] += i < rows_of(t) ? count(rows[t].key[i]) : 0;
     });
-    const uint32_t all = block.exclusive_sums(before, warps);
+    const uint32_t all = exclusive_sums(block, before, warps);
     block.each([&](int t) {
       uint32_t above = taken.above + (before[t] >> 16);
       uint32_t equal = taken.equal + (before[t] & 0xFFFFu);
@@ -321,8 +321,7 @@ struct Select {
           block, left, [&](int i) { return shared.bins[i]; }, shared.found);
       from = digit.shift;
       known |= static_cast<K>(shared.found.bin) << digit.shift;
-      left = shared.found.left;
-      block.sync();
+      left = shared.found.left;  // found is written again behind for_keys()'s barriers
     }
     Taken<K> taken{known, left, 0, 0};
     for_keys(block, shared, segment, s.rows, false, [&](int64_t begin, int64_t count) {

@@ -49,7 +49,9 @@ class Steps : public Kernels {
 
   void project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
                uint64_t seed, uint64_t step) const override {
-    const Project body{data, stride, begin, end, b.sketch_dim, seed, step};
+    // prepare() reads whole vectors, of whose last numbers it uses those before `end`.
+    const int64_t whole = smaller(divide_up(end, 4) * 4, stride);
+    const Project body{data, stride, begin, whole, b.sketch_dim, seed, step};
     launch(b, "project", body, body.blocks());
   }
 
