@@ -1,7 +1,7 @@
-"""A short run under AddressSanitizer (`make asan`): real DDP, 2 ranks, every compressor and feedback.
+"""A short run of real DDP under AddressSanitizer (`make asan`): every compressor and feedback.
 
-Ranks that buckets are rebuilt under, an engine that is let go while others live, and a failed rank's
-way out; whatever the sanitizer finds ends the process of the rank, which fails the run.
+2 ranks, buckets that are rebuilt, one engine let go as the next is made. Whatever the sanitizer
+finds ends the rank's process, which fails the run.
 """
 
 from __future__ import annotations
