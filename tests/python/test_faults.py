@@ -19,7 +19,7 @@ import arc_topk
 
 pytestmark = pytest.mark.device
 
-# How long a rank waits for one that is lost: ten times and more what a step takes on a busy machine.
+# How long a rank waits for one that is lost: generous for a busy machine.
 # On CUDA it also waits for one that is still making its context, which takes seconds.
 SHORT = timedelta(seconds=10)
 
