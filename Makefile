@@ -38,7 +38,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help test test-slow test-cpp gpu-check golden registers demo bench lint format build clean distclean
+.PHONY: help test test-slow test-cpp asan tsan gpu-check golden registers demo bench lint format build clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -55,6 +55,28 @@ test-cpp: build ## the C++ tests alone
 	@if [ -x build/bin/arc_topk_tests ]; then set -ex; build/bin/arc_topk_tests --gtest_brief=1; \
 	build/bin/arc_topk_races --gtest_brief=1; \
 	else echo "No GoogleTest here: the C++ tests are left out."; fi
+
+# Builds of their own, without CUDA: `make asan` runs every C++ test and then real DDP, `make tsan` the
+# C++ tests that have threads. Leaks are looked for in the C++ tests alone: Python keeps what it likes.
+# OMP_NUM_THREADS is 1 (above): OpenMP's runtime is not instrumented, its threads would seem to race.
+SANITIZED = cmake --log-level=WARNING -S . -B build/$@ -G Ninja -DPython_EXECUTABLE=$(shell $(PY) -c 'import sys; print(sys.executable)') \
+  -DCMAKE_BUILD_TYPE=Sanitize -DARC_TOPK_SANITIZE=$(1) -DARC_TOPK_TESTS=required -DARC_TOPK_CUDA=0 \
+  -DARC_TOPK_WERROR=$(WERROR)
+LIBRARIES_FIRST = LD_PRELOAD="$(foreach name,libasan.so libstdc++.so.6,$(shell g++ -print-file-name=$(name)))"
+
+asan: $(DEPENDENCIES) ## C++ tests, and real DDP for a minute, under AddressSanitizer and UBSan
+	$(call SANITIZED,address)
+	cmake --build build/asan --target arc_topk_tests _C
+	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 build/asan/tests/cpp/arc_topk_tests --gtest_brief=1
+	@mkdir -p build/asan/python/arc_topk
+	cp arc_topk/*.py build/asan/_C*.so build/asan/_built_for_torch.txt build/asan/python/arc_topk/
+	$(LIBRARIES_FIRST) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=build/asan/python $(PY) tests/python/sanitized.py
+
+tsan: $(DEPENDENCIES) ## C++ tests that have threads, under ThreadSanitizer
+	$(call SANITIZED,thread)
+	cmake --build build/tsan --target arc_topk_tests
+	TSAN_OPTIONS="halt_on_error=0 suppressions=tests/cpp/tsan.supp" setarch -R build/tsan/tests/cpp/arc_topk_tests --gtest_brief=1
 
 # It builds by itself, so that a build that fails is one line of its table.
 gpu-check: $(DEPENDENCIES) ## all that needs a GPU, in 9 minutes: table and JSON in OUT (build/gpu-check)

@@ -24,6 +24,9 @@ class Config:
         seed: int,
     ) -> None: ...
 
+    compress_without_gain: bool
+    """For tests alone: compress where plain averaging would send fewer bytes, as at ratio 1."""
+
 class Exchange:
     """The engine of one list of parameters: its error feedback and the thread of its collectives.
 

@@ -99,7 +99,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Config>(module, "Config")
       .def(py::init(&make_config), py::kw_only(), py::arg("compressor"), py::arg("feedback"),
            py::arg("ratio"), py::arg("sketch_dim"), py::arg("row_width"), py::arg("eta"),
-           py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"), py::arg("seed"));
+           py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"), py::arg("seed"))
+      .def_readwrite("compress_without_gain", &Config::compress_without_gain);
 
   using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
   const auto without_gil = py::call_guard<py::gil_scoped_release>();

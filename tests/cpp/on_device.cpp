@@ -118,9 +118,11 @@ void Twin::go() {
 void Twin::come_back() {
   staging_.copy_(memory_);
   const auto* staging = static_cast<const char*>(staging_.data_ptr());
+  // All of it before anything is checked: the bucket must be whole again where that throws.
+  for (const Stretch& s : stretches_)
+    std::memcpy(s.host, staging + s.offset, static_cast<size_t>(s.bytes));
   int64_t end = 0;
   for (const Stretch& s : stretches_) {
-    std::memcpy(s.host, staging + s.offset, static_cast<size_t>(s.bytes));
     expect_ones(end, s.offset);
     end = s.offset + s.bytes;
   }

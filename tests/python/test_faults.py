@@ -19,9 +19,9 @@ import arc_topk
 
 pytestmark = pytest.mark.device
 
-# How long a rank waits for one that is lost. On CUDA it must also wait for one that is still making
-# its context, which takes seconds, and not the same on every rank.
-SHORT = timedelta(seconds=3 if DEVICE == "cpu" else 10)
+# How long a rank waits for one that is lost: generous for a busy machine.
+# On CUDA it also waits for one that is still making its context, which takes seconds.
+SHORT = timedelta(seconds=10)
 
 
 def message_of(body: Any) -> str:
@@ -146,7 +146,7 @@ def test_a_lost_rank_is_an_error_that_names_its_place(how: str) -> None:
     with temporary(2, SHORT) as pool:
         for pipe in pool._pipes:
             pipe.send((lose_a_rank, (gradients, how), {}))
-        assert pool._pipes[0].poll(30), "rank 0 hangs"
+        assert pool._pipes[0].poll(120), "rank 0 hangs"
         ok, texts = pool._pipes[0].recv()
     assert ok, texts
     for words in ("rank 0", "bucket 0", "first parameter 'tensors.", "phase first_collective"):
