@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "bucket_in_memory.h"
-#include "exchange/plan.h"
+#include "plan/plan.h"
 #include "race_bodies.h"
 
 namespace arc_topk {
