@@ -64,7 +64,7 @@ BucketExchange& Exchange::exchange_of(const at::Tensor& buffer, const Parameters
   BucketState* state = shared_.store.find(parameters, buffer);
   if (state == nullptr) {
     shared_.lifecycle.check_running();
-    drain();
+    if (shared_.store.takes_over(parameters)) drain();
     state = &shared_.store.make(parameters, buffer,
                                 [this](BucketState& old) { exchanges_.erase(&old); });
   }

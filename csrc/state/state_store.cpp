@@ -155,6 +155,13 @@ BucketState* StateStore::find(const Parameters& parameters, const at::Tensor& bu
   return bucket;
 }
 
+bool StateStore::takes_over(const Parameters& parameters) const {
+  return std::any_of(parameters.begin(), parameters.end(), [&](const at::Tensor& parameter) {
+    const Slot* slot = slot_of(parameter);
+    return slot != nullptr && slot->bucket != nullptr;
+  });
+}
+
 void StateStore::check(const Parameters& parameters, const std::vector<Layout>& layouts,
                        const at::Tensor& buffer) const {
   int64_t numel = 0;

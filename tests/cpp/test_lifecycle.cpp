@@ -1,0 +1,309 @@
+// The engine's life, on groups whose collectives end when a test says so.
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <vector>
+
+#include "exchange/exchange.h"
+
+namespace arc_topk {
+namespace {
+
+using std::chrono::steady_clock;
+using Future = c10::intrusive_ptr<c10::ivalue::Future>;
+
+// One rank, whose collectives are done once the gate is open; until then they hang, as they do
+// where another rank never comes.
+class GatedGroup final : public c10d::ProcessGroup {
+ public:
+  GatedGroup() : ProcessGroup(0, 1) {}
+  // Goes only once its threads are through, as Gloo does: it would hang with them.
+  ~GatedGroup() override {
+    open();
+    for (std::thread& thread : threads_) thread.join();
+    ++gone;
+  }
+
+  c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
+                                           const c10d::AllreduceOptions&) override {
+    auto work = c10::make_intrusive<GatedWork>(tensors);
+    const std::lock_guard lock(mutex_);
+    ++collectives;
+    threads_.emplace_back([this, work, tensors] {
+      std::unique_lock gate(mutex_);
+      opened_.wait(gate, [this] { return open_; });
+      gate.unlock();
+      work->future->markCompleted(tensors);
+    });
+    return work;
+  }
+  const std::string getBackendName() const override { return "gated"; }
+
+  void open() { set(true); }
+  void close() { set(false); }
+
+  std::atomic<int> collectives{0};
+  static inline std::atomic<int> gone{0};
+
+ private:
+  struct GatedWork final : c10d::Work {
+    explicit GatedWork(const std::vector<at::Tensor>&)
+        : future(c10::make_intrusive<c10::ivalue::Future>(
+              c10::ListType::create(c10::TensorType::get()))) {}
+    bool isCompleted() override { return future->completed(); }
+    bool wait(std::chrono::milliseconds) override {
+      future->wait();
+      return true;
+    }
+    Future getFuture() override { return future; }
+    const Future future;
+  };
+  void set(bool open) {
+    {
+      const std::lock_guard lock(mutex_);
+      open_ = open;
+    }
+    opened_.notify_all();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable opened_;
+  bool open_ = true;
+  std::vector<std::thread> threads_;
+};
+
+struct OneBucket {
+  explicit OneBucket(int64_t rows = 64) : parameters{at::empty({rows, 16}), at::empty({5})} {
+    gradient = at::randn({rows * 16 + 5});
+  }
+  std::vector<at::Tensor> parameters;
+  at::Tensor gradient;
+};
+
+std::string error_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+void expect_contains(const std::string& text, const std::string& words) {
+  EXPECT_NE(text.find(words), std::string::npos) << "'" << text << "' without '" << words << "'";
+}
+
+class LifecycleTest : public ::testing::Test {
+ protected:
+  LifecycleTest()
+      : group_(c10::make_intrusive<GatedGroup>()), comm_(c10::make_intrusive<GatedGroup>()) {
+    engine_ = std::make_unique<Exchange>(Config{}, Groups{group_, comm_});
+  }
+  ~LifecycleTest() override { comm_->open(); }
+
+  Future start(const OneBucket& bucket) {
+    return engine_->start(bucket.gradient, bucket.parameters, 3);
+  }
+  // Until the engine waits in the collective.
+  void wait_for_collective(int number) const {
+    while (comm_->collectives < number) std::this_thread::yield();
+  }
+
+  c10::intrusive_ptr<GatedGroup> group_, comm_;
+  std::unique_ptr<Exchange> engine_;
+};
+
+TEST_F(LifecycleTest, ABucketInTheAirIsRefusedUntouched) {
+  const OneBucket bucket;
+  comm_->close();
+  const Future first = start(bucket);
+  wait_for_collective(1);
+  const at::Tensor before = bucket.gradient.clone();
+  const std::string text = error_of([&] { start(bucket); });
+  expect_contains(text, "still being exchanged");
+  expect_contains(text, "bucket 3");
+  EXPECT_TRUE(bucket.gradient.equal(before));
+  comm_->open();
+  first->waitAndThrow();
+  start(bucket)->waitAndThrow();
+  EXPECT_EQ(engine_->metrics().steps, 2U);
+}
+
+TEST_F(LifecycleTest, ABucketQueuedBehindAnotherIsRefusedToo) {
+  const OneBucket one, two;
+  comm_->close();
+  const Future first = start(one);
+  const Future second = start(two);
+  expect_contains(error_of([&] { start(two); }), "still being exchanged");
+  comm_->open();
+  first->waitAndThrow();
+  second->waitAndThrow();
+}
+
+TEST_F(LifecycleTest, BucketsThatChangeWaitForWhatIsInTheAir) {
+  const OneBucket bucket;
+  comm_->close();
+  const Future first = start(bucket);
+  wait_for_collective(1);
+  std::thread opener([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    comm_->open();
+  });
+  // The same parameters, the other way around: the old bucket goes.
+  const std::vector<at::Tensor> other{bucket.parameters[1], bucket.parameters[0]};
+  const at::Tensor gradient = at::randn({64 * 16 + 5});
+  const Future second = engine_->start(gradient, other, 0);
+  EXPECT_TRUE(first->completed());
+  EXPECT_FALSE(first->hasError());
+  second->waitAndThrow();
+  opener.join();
+}
+
+TEST_F(LifecycleTest, StoppingGivesUpWhatHangsAndWhatIsQueued) {
+  const OneBucket one, two;
+  comm_->close();
+  const Future first = start(one);
+  const Future second = start(two);
+  wait_for_collective(1);
+  const int gone = GatedGroup::gone;
+  comm_.reset();  // the engine's alone
+  engine_->stop();
+  expect_contains(first->tryRetrieveErrorMessage(), "given up");
+  expect_contains(first->tryRetrieveErrorMessage(), "phase first_collective");
+  EXPECT_TRUE(second->hasError());
+  expect_contains(error_of([&] { start(one); }), "stopped");
+  // The hanging group goes in its own time, on a thread of its own.
+  while (GatedGroup::gone == gone) std::this_thread::yield();
+
+  comm_ = c10::make_intrusive<GatedGroup>();
+  engine_->resume({group_, comm_}, 7, /*afresh=*/false);
+  start(one)->waitAndThrow();
+  start(two)->waitAndThrow();
+  EXPECT_EQ(engine_->metrics().steps, 8U);
+}
+
+TEST_F(LifecycleTest, GoingDoesNotWaitForACollectiveThatHangs) {
+  const OneBucket bucket;
+  comm_->close();
+  const Future future = start(bucket);
+  wait_for_collective(1);
+  std::atomic<bool> went{false};
+  std::thread watch([&] {
+    for (int i = 0; i < 600 && !went; ++i)
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    if (!went) comm_->open();  // else the test would hang as well
+    EXPECT_TRUE(went);
+  });
+  engine_.reset();
+  went = true;
+  watch.join();
+  EXPECT_TRUE(future->hasError());
+}
+
+TEST_F(LifecycleTest, TheEngineMayGoInACallbackOfItsOwnFuture) {
+  const OneBucket one, two;
+  comm_->close();
+  const Future first = start(one);
+  const Future second = start(two);
+  std::atomic<bool> called{false};
+  first->addCallback([&](c10::ivalue::Future&) {
+    engine_.reset();
+    called = true;
+  });
+  comm_->open();
+  first->wait();
+  second->wait();
+  while (!called) std::this_thread::yield();
+  EXPECT_FALSE(first->hasError());
+  expect_contains(second->tryRetrieveErrorMessage(), "before its turn");
+}
+
+TEST_F(LifecycleTest, BucketsCannotChangeFromACallback) {
+  const OneBucket bucket;
+  const std::vector<at::Tensor> other{bucket.parameters[1], bucket.parameters[0]};
+  comm_->close();
+  const Future first = start(bucket);
+  std::atomic<bool> called{false};
+  std::string text;
+  first->addCallback([&](c10::ivalue::Future&) {
+    text = error_of([&] { engine_->start(bucket.gradient, other, 0); });
+    called = true;
+  });
+  comm_->open();
+  while (!called) std::this_thread::yield();
+  expect_contains(text, "from within a callback");
+}
+
+TEST_F(LifecycleTest, MetricsAreReadWhileBucketsComeAndGo) {
+  std::atomic<bool> done{false};
+  std::thread logger([&] {
+    while (!done) engine_->metrics();
+  });
+  for (int i = 0; i < 50; ++i) {
+    const OneBucket bucket;
+    for (int step = 0; step < 3; ++step) start(bucket)->waitAndThrow();
+  }
+  done = true;
+  logger.join();
+  EXPECT_EQ(engine_->metrics().exchanges, 150U);
+}
+
+TEST_F(LifecycleTest, ABucketsBufferIsNotHeldBetweenSteps) {
+  OneBucket bucket;
+  start(bucket)->waitAndThrow();
+  EXPECT_EQ(bucket.gradient.use_count(), 1U);
+  Config dense;
+  dense.compressor = "dense";
+  Exchange averaging(dense, {group_, comm_});
+  averaging.start(bucket.gradient, bucket.parameters, 0)->waitAndThrow();
+  // The group's own thread lets go of it in its own time.
+  const auto deadline = steady_clock::now() + std::chrono::seconds(60);
+  while (bucket.gradient.use_count() > 1 && steady_clock::now() < deadline) {
+    std::this_thread::yield();
+  }
+  EXPECT_EQ(bucket.gradient.use_count(), 1U);
+}
+
+TEST_F(LifecycleTest, AStateKeepsNoParameterAlive) {
+  auto bucket = std::make_unique<OneBucket>();
+  start(*bucket)->waitAndThrow();
+  const c10::weak_intrusive_ptr<c10::TensorImpl> parameter(bucket->parameters[0].getIntrusivePtr());
+  bucket.reset();
+  EXPECT_TRUE(parameter.expired());
+}
+
+TEST_F(LifecycleTest, OneThreadAtATime) {
+  const OneBucket bucket;
+  comm_->close();
+  const Future first = start(bucket);
+  wait_for_collective(1);
+  std::atomic<bool> entered{false};
+  const std::vector<at::Tensor> other{bucket.parameters[1], bucket.parameters[0]};
+  const at::Tensor gradient = at::randn({64 * 16 + 5});
+  std::thread changing([&] {  // waits for what is in the air
+    entered = true;
+    engine_->start(gradient, other, 0)->wait();
+  });
+  while (!entered) std::this_thread::yield();
+  std::string text;
+  const auto deadline = steady_clock::now() + std::chrono::seconds(60);
+  while (text.find("two threads") == std::string::npos && steady_clock::now() < deadline) {
+    text = error_of([&] { start(bucket); });  // "still being exchanged" until the other is in
+  }
+  expect_contains(text, "two threads");
+  comm_->open();
+  changing.join();
+  first->waitAndThrow();
+}
+
+}  // namespace
+}  // namespace arc_topk
