@@ -61,8 +61,11 @@ class Exchange:
     def check_bind(self, parameters: list[torch.Tensor], names: list[str]) -> None:
         """Raises ValueError, naming the parameter, where `bind` could not keep all state."""
 
-    def bind(self, parameters: list[torch.Tensor], names: list[str]) -> None:
-        """These are the parameters from now on; state is taken over by name."""
+    def bind(self, parameters: list[torch.Tensor], names: list[str], may_be_unused: bool) -> None:
+        """These are the parameters from now on; state is taken over by name.
+
+        ``may_be_unused``: a gradient of zeros on all ranks stands for none, and changes no state.
+        """
 
     def stop(self) -> None:
         """Gives up what is in the air, after a second's grace. Until `resume`, no bucket starts."""

@@ -69,7 +69,8 @@ class GradientExchange:
             for dtype in {t.dtype: None for t in tensors}
         ]
         self._engine = _C.Exchange(self.config.native(), group)
-        self._engine.bind(self._keys, [f"tensor {i}" for i in range(len(self._keys))])
+        names = [f"tensor {i}" for i in range(len(self._keys))]
+        self._engine.bind(self._keys, names, may_be_unused=False)
 
     def all_reduce_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces every tensor by its average over ranks, as compressed. A collective.

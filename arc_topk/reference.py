@@ -770,6 +770,8 @@ class Oracle:
         feedback: "none", "ef14", "ef21", "ef21m".
         ratio, sketch_dim, row_width, eta, start_step, wire_dtype, state_dtype, seed: as in the
             package's configuration; eta None means 0.1.
+        may_be_unused: a gradient that is zero on every rank stands for none, as DDP makes it for
+            parameters that nobody used: no state changes, and the result is zero.
         streams: of each tensor the number that tells its Rand-K keys apart; None: 0, 1, 2, ...
 
     Attributes:
@@ -796,6 +798,7 @@ class Oracle:
         wire_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
+        may_be_unused: bool = False,
         streams: Sequence[int] | None = None,
     ) -> None:
         if eta is not None and feedback != "ef21m":
@@ -808,6 +811,7 @@ class Oracle:
         self.compressor, self.feedback = compressor, feedback
         self.sketch_dim, self.start_step, self.seed = sketch_dim, start_step, seed
         self.eta = 0.1 if eta is None else eta
+        self.may_be_unused = may_be_unused
         self.streams = list(range(len(self.layouts))) if streams is None else list(streams)
         self.views = [
             plan_view(t, self.types, world_size, compressor, ratio, sketch_dim, row_width)
@@ -917,8 +921,8 @@ class Oracle:
         if self.feedback != "ef21m":
             return self._result(t, mean, "dense")
         shared = self.states[0][t]
-        if not mean.any():
-            return self._result(t, shared.output(mean), "unused")
+        if self.may_be_unused and not mean.any():
+            return self._result(t, torch.zeros_like(mean), "unused")
         h = shared._load("h") * (1 - self.eta) + mean * self.eta
         if not h.isfinite().all():
             return self._result(t, h, "non-finite")
@@ -936,13 +940,13 @@ class Oracle:
     ) -> Result:
         states, view = [own[t] for own in self.states], self.views[t]
         x = [state.prepare(gi) for state, gi in zip(states, g, strict=True)]
-        used = any(bool(gi.any()) for gi in g)
+        used = not self.may_be_unused or any(bool(gi.any()) for gi in g)
         finite = all(bool(xi.isfinite().all()) for xi in x)
         if not used or not finite:
             for state, gi in zip(states, g, strict=True):
                 state.undo(gi)
             zero = torch.zeros_like(g[0])
-            output = states[0].output(zero) if finite else torch.full_like(zero, math.nan)
+            output = zero if finite else torch.full_like(zero, math.nan)
             return self._result(t, output, "unused" if finite else "non-finite")
 
         result = self._compress(t, [view.matrix(xi) for xi in x], step, selected, rtol)

@@ -13,7 +13,7 @@ from arc_topk import _C
 from arc_topk.agreement import agree, describe_tensors
 from arc_topk.checks import not_ddp, unservable_parameter
 from arc_topk.config import Config, config_from
-from arc_topk.groups import comm_group_for
+from arc_topk.groups import Transport, comm_group_for, transport_of
 from arc_topk.plan import Plan, make_plan
 
 
@@ -52,6 +52,7 @@ class State:
         # Shapes only: a state keeps no model alive.
         self._named: list[tuple[str, torch.Tensor]] | None = None
         self._engine: _C.Exchange | None = None
+        self._transport: Transport | None = None
 
     def bind(self, ddp: DistributedDataParallel) -> "State":
         """Takes parameter names and process group from ``ddp``, and compares all ranks.
@@ -98,13 +99,14 @@ class State:
             ring algorithms: 2 (N-1)/N bytes per byte all-reduced, N-1 per byte all-gathered;
             ``energy_captured``, ||C||^2 of the averaged rows over ||mean X||^2 as the sketch
             estimates it (NaN for compressors without a sketch); ``seconds``, a dict by phase: the
-            host's, who on a GPU only queues work. A GPU's sums are read back from it, which
+            host's, who on a GPU only queues work; ``transport``, what payloads travel over:
+            ``"gloo"``, ``"nccl2"``, ``"gloo, staged through the host"``. A GPU's sums are read back from it, which
             waits for it.
         """
         if self._engine is None:
             raise RuntimeError("State.metrics() has nothing yet: bind(ddp) or run a step first")
-        metrics: dict[str, Any] = self._engine.metrics()
-        return metrics
+        assert self._transport is not None
+        return {**self._engine.metrics(), "transport": self._transport.name}
 
     def reset_metrics(self) -> None:
         """Sets the sums of `metrics` to zero; the error feedback stays."""
@@ -127,6 +129,7 @@ class State:
         group: dist.ProcessGroup,
         device: torch.device,
         named: Sequence[tuple[str, torch.Tensor]],
+        may_be_unused: bool = True,
     ) -> None:
         """Stops the engine, if there is one, and goes on over ``group``. A collective."""
         mine = self._stand()
@@ -135,14 +138,16 @@ class State:
         together = all(rank.is_with(ranks[0]) for rank in ranks) and not ranks[0].failed
         moved = mine.group not in (None, _members(group))
         self._group = group
+        self._transport = transport_of(group, device)
         engine = self._engine
         if engine is None:
             engine = _C.Exchange(self.config.native(), group)
         if named:
-            engine.bind([tensor for _, tensor in named], [name for name, _ in named])
+            names = [name for name, _ in named]
+            engine.bind([tensor for _, tensor in named], names, may_be_unused)
         engine.resume(
             group,
-            comm_group_for(group, device, ranks[0].token),
+            comm_group_for(group, self._transport, ranks[0].token),
             max((step for rank in ranks for step in rank.exchanges), default=0),
             moved or not together,
         )
@@ -211,7 +216,9 @@ def bind_together(
         error = _unbindable(state, ddp, every)
     agree(state.config if state else None, describe_tensors(named), error, ddp.process_group)
     assert state is not None  # else there was an error
-    state._go_on(ddp.process_group, ddp.device, every)
+    # With these DDP throws away what parameters get that no rank has used.
+    may_be_unused = ddp.find_unused_parameters or ddp.static_graph
+    state._go_on(ddp.process_group, ddp.device, every, may_be_unused)
     state._named = [(name, torch.empty_like(p, device="meta")) for name, p in named]
     return state
 

@@ -125,7 +125,8 @@ PYBIND11_MODULE(_C, module) {
           py::arg("bucket"))
       .def("run", &Exchange::run, py::arg("buffer"), py::arg("parameters"), without_gil)
       .def("check_bind", &Exchange::check_bind, py::arg("parameters"), py::arg("names"))
-      .def("bind", &Exchange::bind, py::arg("parameters"), py::arg("names"))
+      .def("bind", &Exchange::bind, py::arg("parameters"), py::arg("names"),
+           py::arg("may_be_unused"))
       .def("stop", &Exchange::stop, without_gil)
       .def("standing",
            [](const Exchange& exchange) {

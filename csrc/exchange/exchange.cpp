@@ -100,9 +100,10 @@ void Exchange::check_bind(const Parameters& parameters,
   shared_.store.check_bind(parameters, names);
 }
 
-void Exchange::bind(const Parameters& parameters, const std::vector<std::string>& names) {
+void Exchange::bind(const Parameters& parameters, const std::vector<std::string>& names,
+                    bool may_be_unused) {
   const auto entered = enter();
-  shared_.store.bind(parameters, names);
+  shared_.store.bind(parameters, names, may_be_unused);
 }
 
 void Exchange::stop() {

@@ -37,8 +37,9 @@ class Exchange {
   // --- from one list of parameters to another, from one group to another ---
   // StateStore::check_bind().
   void check_bind(const Parameters& parameters, const std::vector<std::string>& names) const;
-  // Names the parameters, before the first bucket or behind stop().
-  void bind(const Parameters& parameters, const std::vector<std::string>& names);
+  // StateStore::bind(), before the first bucket or behind stop().
+  void bind(const Parameters& parameters, const std::vector<std::string>& names,
+            bool may_be_unused);
   // Gives up what is in the air, after a second's grace, and the group of the communication thread.
   // Buckets are refused until resume().
   void stop();

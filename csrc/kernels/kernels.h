@@ -68,7 +68,8 @@ struct Grain {
 // flags).
 enum class Outcome : uint8_t {
   kNormal,
-  kUnused,     // its gradient was zero on every rank: no state changes
+  kUnused,     // may_be_unused, and its gradient was zero on every rank: no state changes, and the
+               // result is zero
   kNonFinite,  // a NaN or infinity on some rank: the result is NaN, the state is as before the step
 };
 
@@ -81,6 +82,7 @@ struct Bucket {
   const Piece* pieces;
   int64_t num_pieces;
   bool splits_rows;         // some piece is a part of a row
+  bool may_be_unused;       // a gradient that is zero on every rank stands for none at all
   bool result_in_gradient;  // publish() always writes the result into `gradient`
   int64_t numel;
 
@@ -109,8 +111,9 @@ struct Bucket {
   void* stream;
 
   // Scratch, of the device's memory like everything but the table of numbers here.
-  uint8_t* used;     // a segment each: this rank's gradient has a non-zero element
-  uint8_t* bad;      // a segment each: this rank's message has a non-finite element
+  uint8_t* used;  // a segment each: this rank's gradient counts, it has a non-zero element or may
+                  // not be unused
+  uint8_t* bad;   // a segment each: this rank's message has a non-finite element
   Outcome* outcome;  // a segment each
   void* scratch;     // Kernels::scratch_bytes(), zero before the first step
 
@@ -209,18 +212,19 @@ class Kernels {
 
   // --- after the last collective ----------------------------------------------------------------
   // The summed payloads, or the mean of the messages, into the result. Feedback with a shared
-  // estimate: h += C, dense segments h = mean (EF21M: (1 - eta) h + eta mean; unchanged where the
-  // mean is zero everywhere). Others: C into `gradient`, zero outside the picked rows. A compressed
-  // segment that is non-finite fills `gradient` with NaN (no shared estimate) or leaves h alone; a
-  // dense one whose mean is non-finite gets outcome kNonFinite and leaves h alone too.
+  // estimate: h += C, dense segments h = mean (EF21M: (1 - eta) h + eta mean; unchanged where it
+  // is unused). Others: C into `gradient`, zero outside the picked rows. A compressed segment that is
+  // non-finite fills `gradient` with NaN (no shared estimate) or leaves h alone; a dense one whose
+  // mean is non-finite gets outcome kNonFinite and leaves h alone too.
   // energy->captured += ||C||^2 over normal compressed segments.
   virtual void apply(const Bucket& b, const Gathered* gathered) const = 0;
   // Only feedback with a shared estimate, after apply() or blend(): whether the result is to be
-  // taken from `gradient`, as it was put there (h, or NaN where the outcome is non-finite), rather
-  // than from h as it lies. Handing out h saves the pass that would copy it. A device whose host
-  // does not know the outcome says so with NaN in the first element of h, keeps that element in
-  // withheld[] and puts it back at the beginning of the bucket's next step; whoever else reads h
-  // has to look there.
+  // taken from `gradient`, as it was put there (h, NaN where the outcome is non-finite, zeros where
+  // it is unused), rather than from h as it lies. Handing out h saves the pass that would copy it.
+  // A device whose host does not know the outcome cannot where a tensor may be unused. Else it
+  // tells of a non-finite one by NaN in the first element of h, keeps that element in withheld[]
+  // and puts it back at the beginning of the bucket's next step; whoever else reads h has to look
+  // there.
   virtual bool publish(const Bucket& b) const = 0;
 
   // --- steps whose mean gradient is dense: `gradient` is averaged in place ----------------------

@@ -157,7 +157,7 @@ void check_alignment(const at::Tensor& buffer) {
 std::unique_ptr<BucketState> make_bucket_state(const Config& config, const Compressor& compressor,
                                                int world_size, std::vector<Layout> layouts,
                                                const std::vector<Shape>& shapes,
-                                               const at::Tensor& buffer) {
+                                               const at::Tensor& buffer, bool may_be_unused) {
   auto s = std::make_unique<BucketState>();
   const c10::Device device = buffer.device();
   s->backend = backend_for(device);
@@ -168,6 +168,7 @@ std::unique_ptr<BucketState> make_bucket_state(const Config& config, const Compr
   s->compressor = s->plan.dense ? &dense() : &compressor;
   s->gradient.resize(1);
   describe(*s, config, world_size);
+  s->bucket.may_be_unused = may_be_unused;
 
   allocate_arenas(*s, config.feedback, device);
   if (s->compressor->gathers()) {

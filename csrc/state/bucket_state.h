@@ -55,10 +55,10 @@ struct BucketState {
 };
 
 // `layouts`: of its tensors, whose gradients lie one after the other in `buffer`; `shapes`: the
-// same as the plan wants them.
+// same as the plan wants them; `may_be_unused`: Bucket::may_be_unused.
 std::unique_ptr<BucketState> make_bucket_state(const Config& config, const Compressor& compressor,
                                                int world_size, std::vector<Layout> layouts,
                                                const std::vector<Shape>& shapes,
-                                               const at::Tensor& buffer);
+                                               const at::Tensor& buffer, bool may_be_unused);
 
 }  // namespace arc_topk

@@ -106,13 +106,15 @@ void StateStore::check_bind(const Parameters& parameters,
   rebound(parameters, names);
 }
 
-void StateStore::bind(const Parameters& parameters, const std::vector<std::string>& names) {
+void StateStore::bind(const Parameters& parameters, const std::vector<std::string>& names,
+                      bool may_be_unused) {
   slots_ = rebound(parameters, names);
   places_.clear();
   for (size_t i = 0; i < parameters.size(); ++i) {
     places_.emplace(parameters[i].unsafeGetTensorImpl(), i);
   }
   bound_ = true;
+  may_be_unused_ = may_be_unused;
   for (auto& [bucket, owned] : buckets_) owned.retired = true;
 }
 
@@ -204,7 +206,9 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
     const auto place = places_.find(parameters[i].unsafeGetTensorImpl());
     shapes[i].stream = static_cast<uint32_t>(place == places_.end() ? fresh++ : place->second);
   }
-  Owned made{make_bucket_state(config_, compressor_, world_size_, layouts, shapes, buffer), {}};
+  Owned made{
+      make_bucket_state(config_, compressor_, world_size_, layouts, shapes, buffer, may_be_unused_),
+      {}};
   BucketState& bucket = *made.state;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const Slot* slot = slot_of(parameters[i]);

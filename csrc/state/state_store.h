@@ -41,7 +41,11 @@ class StateStore {
   void check_bind(const Parameters& parameters, const std::vector<std::string>& names) const;
   // These parameters are the slots from now on, in this order. State is taken over by name; from
   // parameters that had none, by identity. Other parameters are refused from now on.
-  void bind(const Parameters& parameters, const std::vector<std::string>& names);
+  // `may_be_unused`: DDP gives a parameter that no rank used a gradient of zeros and throws away
+  // what becomes of it: no state may go with it. Else zeros are a gradient like any other. (Before
+  // anybody has bound the state it is true: nothing is lost by it.)
+  void bind(const Parameters& parameters, const std::vector<std::string>& names,
+            bool may_be_unused);
 
   Standing standing() const;
   // All buckets go on as step `exchanges`; `afresh`: EF21 and EF21M with a dense first step again.
@@ -95,6 +99,7 @@ class StateStore {
   const int world_size_;
   int64_t max_cols_ = 0;
   bool bound_ = false;
+  bool may_be_unused_ = true;
   uint64_t first_exchange_ = 0;  // of buckets without history
   std::vector<Slot> slots_;
   std::unordered_map<const c10::TensorImpl*, size_t> places_;  // of the slots' tensors

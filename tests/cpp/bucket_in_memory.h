@@ -105,6 +105,8 @@ struct BucketSpec {
   int world_size = 3;
   double eta = 0.1;
   int64_t piece_numel = 150;
+  bool may_be_unused = true;
+  bool result_in_gradient = false;
 };
 
 class BucketInMemory {
@@ -157,6 +159,8 @@ class BucketInMemory {
     b.pieces = pieces.data();
     b.num_pieces = static_cast<int64_t>(pieces.size());
     b.numel = numel;
+    b.may_be_unused = spec.may_be_unused;
+    b.result_in_gradient = spec.result_in_gradient;
     b.gradient_type = spec.gradient;
     b.state_type = spec.state;
     b.wire_type = spec.wire;

@@ -43,6 +43,7 @@ BucketSpec spec_of(const Layout& layout) {
   spec.wire = layout.wire;
   spec.wire_scale = layout.wire_scale;
   spec.sketch_dim = layout.sketch_dim;
+  spec.may_be_unused = layout.count % 2 == 0;  // either, without a field of its own
   return spec;
 }
 

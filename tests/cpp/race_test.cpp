@@ -445,8 +445,8 @@ std::vector<Named> scenarios() {
       spec.feedback = feedback;
       spec.gradient = spec.wire = type;
       spec.sketch_dim = type == DType::kF32 ? 4 : 5;
-      const std::string name = std::string(type == DType::kF32 ? "float32" : "bfloat16") +
-                               ", feedback " + std::to_string(static_cast<int>(feedback)) + ", ";
+      std::string name = std::string(type == DType::kF32 ? "float32" : "bfloat16") + ", feedback " +
+                         std::to_string(static_cast<int>(feedback)) + ", ";
       const auto add = [&](const char* what, auto step) {
         all.push_back({name + what, [=](const auto& kernels) { step(spec, kernels); }});
       };
@@ -455,6 +455,13 @@ std::vector<Named> scenarios() {
       add("Top-K", gathered_step);
       add("dense", dense_steps);
       if (feedback == FeedbackKind::kEF21M) add("blended", blended_steps);
+      if (!shares_estimate(feedback)) continue;
+      spec.may_be_unused = false;  // only then h itself is handed out
+      name += "h handed out, ";
+      add("ARC-Top-K", sketched_steps);
+      add("Rand-K", random_step);
+      add("Top-K", gathered_step);
+      add("dense", dense_steps);
     }
   }
   return all;

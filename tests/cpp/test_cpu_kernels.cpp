@@ -924,12 +924,14 @@ void zero_padding(const BucketInMemory& x) {
   }
 }
 
-// publish() after apply(): h, or NaN.
+// publish() after apply(): h, NaN, or zeros.
 void check_published(const cpu::CpuKernels& kernels, const BucketInMemory& x) {
   if (!shares_estimate(x.b.feedback)) return;
   if (!kernels.publish(x.b)) {  // h as it lies will do
     EXPECT_EQ(x.b.state_type, x.b.gradient_type);
-    EXPECT_EQ(std::count(x.b.outcome, x.b.outcome + x.b.num_segments, Outcome::kNonFinite), 0);
+    EXPECT_EQ(std::count(x.b.outcome, x.b.outcome + x.b.num_segments, Outcome::kNormal),
+              x.b.num_segments);
+    EXPECT_FALSE(x.b.result_in_gradient);
     return;
   }
   for (int64_t index = 0; index < x.b.num_segments; ++index) {
@@ -937,6 +939,8 @@ void check_published(const cpu::CpuKernels& kernels, const BucketInMemory& x) {
     for (int64_t i = s.offset; i < s.offset + s.numel; ++i) {
       if (x.b.outcome[index] == Outcome::kNonFinite) {
         ASSERT_TRUE(std::isnan(x.gradient(i)));
+      } else if (x.b.outcome[index] == Outcome::kUnused) {
+        ASSERT_EQ(x.gradient(i), 0);
       } else {
         ASSERT_EQ(x.gradient(i), rounded(x.b.gradient_type, x.shared(i)));
       }

@@ -93,6 +93,12 @@ std::vector<BucketSpec> specs() {
       spec.wire_scale = types[i].scale;
       spec.sketch_dim = dims[i];
       all.push_back(spec);
+      // Only then h itself may be handed out.
+      spec.may_be_unused = false;
+      all.push_back(spec);
+      if (!shares_estimate(feedback)) continue;
+      spec.result_in_gradient = true;
+      all.push_back(spec);
     }
   }
   return all;

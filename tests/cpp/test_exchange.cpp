@@ -109,8 +109,9 @@ TEST(Allocations, AStepTakesAFutureFromTheHeapAndNothingPerTensor) {
     const int64_t one = allocations_a_step(choice, 1).heap;
     const int64_t many = allocations_a_step(choice, 300).heap;
     EXPECT_EQ(one, many) << choice.compressor;
-    // The future and what it holds; plain averaging: torch's own mul_.
-    EXPECT_LE(many, 6) << choice.compressor;
+    // The future and what it holds; plain averaging: torch's own mul_; Top-K: the two lists that a
+    // group without backends, as this one, wants.
+    EXPECT_LE(many, 8) << choice.compressor;
   }
 }
 
@@ -151,7 +152,7 @@ TEST(Exchange, AFailureNamesItsPlaceAndLaterBucketsFailAtOnce) {
     Exchange exchange(Config{}, {group, group});
     const std::vector<at::Tensor> parameters = many_parameters(2);
     const std::vector<at::Tensor> others = many_parameters(1);
-    exchange.bind({parameters[0], parameters[1], others[0]}, {"layer.weight", "b", "c"});
+    exchange.bind({parameters[0], parameters[1], others[0]}, {"layer.weight", "b", "c"}, false);
     const at::Tensor buffer = gradient_of(parameters);
     exchange.start(buffer, parameters, 7)->wait();
 

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
 from arc_topk import _C
+from arc_topk.reference import Oracle
 
 pytestmark = pytest.mark.device
 
@@ -84,8 +85,6 @@ def test_gradient_exchange_gives_the_same_bits(ranks: Ranks, compressor: str) ->
 
 
 def test_gradient_exchange_agrees_with_the_oracle(ranks: Ranks) -> None:
-    from arc_topk.reference import Oracle
-
     for compressor in COMPRESSORS:
         gradients = same_gradients()
         config = {"compressor": compressor, "ratio": 0.2}
@@ -192,7 +191,64 @@ def test_unused_parameters_change_no_state(ranks: Ranks, compressor: str, feedba
     runs = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, find)
     assert runs[0].outputs[2][0] is None and runs[0].outputs[2][3] is None
     assert runs[0].outputs[3][6] is not None
+    check_against_oracle(runs, LAYOUTS, gradients, torch.float32, {**config, "may_be_unused": True})
+
+
+def silence(gradients: Gradients, tensors: Sequence[int], steps: Sequence[int]) -> None:
+    """Zero on every rank, though used."""
+    for step in steps:
+        for own in gradients[step]:
+            for t in tensors:
+                own[t] = torch.zeros_like(own[t])
+
+
+@pytest.mark.parametrize("feedback", ["none", "ef14", "ef21", "ef21m"])
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k", "dense"])
+def test_zero_gradients_are_gradients_like_any_other(
+    ranks: Ranks, compressor: str, feedback: str
+) -> None:
+    gradients = same_gradients(8)
+    silence(gradients, (0, 2, 5), (2, 3, 4, 5))
+    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+    runs = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, MANY_BUCKETS)
     check_against_oracle(runs, LAYOUTS, gradients, torch.float32, config)
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
+@pytest.mark.parametrize("feedback", ["ef14", "ef21", "ef21m"])
+def test_where_ddp_throws_results_away_zeros_change_no_state_and_give_zeros(
+    ranks: Ranks, feedback: str, option: str
+) -> None:
+    gradients = same_gradients(8)
+    silence(gradients, (0, 2, 5), (2, 3, 4, 5))
+    config = {"feedback": feedback, "ratio": 0.2}
+    ddp = {option: True, **MANY_BUCKETS}
+    run = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, ddp)[0]
+    for step in (2, 3, 4, 5):
+        for t in (0, 2, 5):
+            out = run.outputs[step][t]
+            assert out is None or not out.any()
+    # As if those steps had not been, for these tensors: what they get next is not stale.
+    without = Oracle(LAYOUTS, torch.float32, 2, may_be_unused=True, **config)
+    for number, step in enumerate(gradients):
+        results = without.step(step)
+        out = run.outputs[number][5]
+        if out is not None:
+            torch.testing.assert_close(out, results[5].output, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("feedback", ["ef21", "ef21m"])
+def test_the_estimate_of_a_gradient_that_stays_zero_goes_to_zero(
+    ranks: Ranks, feedback: str
+) -> None:
+    """A zero-gated expert, a masked loss: the estimate of the last real gradient must not stay."""
+    gradients = same_gradients(60)
+    silence(gradients, range(len(LAYOUTS)), range(2, 60))
+    config = {"feedback": feedback, "ratio": 0.2}
+    run = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, {})[0]
+    for t, (first, last) in enumerate(zip(run.outputs[1], run.outputs[-1], strict=True)):
+        assert first is not None and last is not None
+        assert last.norm() <= 0.02 * first.norm(), f"tensor {t}"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -228,7 +284,7 @@ def test_non_finite_values_reach_every_rank_and_no_state(
     for run in runs:
         for step, t in struck:
             run.outputs[step][t] = None
-    check_against_oracle(runs, LAYOUTS, finite, torch.float32, config)
+    check_against_oracle(runs, LAYOUTS, finite, torch.float32, {**config, "may_be_unused": True})
 
 
 def test_a_non_finite_dense_first_step_starts_nothing(ranks: Ranks) -> None:

@@ -438,6 +438,7 @@ def test_non_finite_reaches_the_result_and_leaves_the_state(compressor, feedback
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 def test_a_tensor_nobody_used_changes_no_state_and_sends_nothing(compressor, feedback):
     oracle, _ = run(compressor, feedback, F64)
+    oracle.may_be_unused = True
     shapes = [tuple(t.shape) for t in oracle.layouts]
     names = oracle.states[0][0].own_state + oracle.states[0][0].shared_state
     before = {(n, i): oracle.state(n, i, 0).clone() for n in names for i in range(3)}
@@ -448,8 +449,19 @@ def test_a_tensor_nobody_used_changes_no_state_and_sends_nothing(compressor, fee
     assert result.kind == "unused"
     for (name, i), value in before.items():
         assert torch.allclose(oracle.state(name, i, 0), value, rtol=1e-12, atol=1e-12)
-    shared = oracle.state("h", 0, 0) if "h" in names else torch.zeros(shapes[0], dtype=F64)
-    assert torch.equal(result.output, shared)
+    assert not result.output.any()
+
+
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_zeros_are_a_gradient_like_any_other(compressor, feedback):
+    oracle, _ = run(compressor, feedback, F64)
+    g = gradients([tuple(t.shape) for t in oracle.layouts], 3, F64, 99)
+    for own in g:
+        own[0].zero_()
+    results = [oracle.step(g)[0] for _ in range(200)]
+    assert {result.kind for result in results} == {"compressed"}
+    assert results[-1].output.abs().max() < 1e-3
 
 
 def test_a_tensor_that_one_rank_used_goes_on():
@@ -686,7 +698,7 @@ def test_first_compressed_step_is_dense_and_put_off_while_not_finite(feedback):
 
 def test_dense_tensors_under_ef21m_follow_the_momentum_of_the_mean():
     shapes = [(5,)]
-    oracle = Oracle(shapes, F64, 2, feedback="ef21m", eta=0.25)
+    oracle = Oracle(shapes, F64, 2, feedback="ef21m", eta=0.25, may_be_unused=True)
     h = None
     for step in range(3):
         g = gradients(shapes, 2, F64, step)
@@ -694,7 +706,11 @@ def test_dense_tensors_under_ef21m_follow_the_momentum_of_the_mean():
         h = mean if h is None else 0.75 * h + 0.25 * mean
         assert torch.allclose(oracle.step(g)[0].output, h)
     zeros = [[torch.zeros(5, dtype=F64)]] * 2
-    assert torch.allclose(oracle.step(zeros)[0].output, h), "unused: nothing changes"
+    assert not oracle.step(zeros)[0].output.any(), "unused: nothing changes"
+    assert torch.allclose(oracle.state("h", 0, 0), h)
+    oracle.may_be_unused = False
+    h = 0.75 * h
+    assert torch.allclose(oracle.step(zeros)[0].output, h), "a gradient like any other"
     bad = [[torch.full((5,), math.nan, dtype=F64)]] * 2
     assert oracle.step(bad)[0].output.isnan().all()
     assert torch.allclose(oracle.state("h", 0, 0), h)

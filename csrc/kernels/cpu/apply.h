@@ -262,6 +262,8 @@ inline void publish(const Bucket& b, const Piece& p) {
   const Range range = range_of(b, p);
   if (b.outcome[p.segment] == Outcome::kNonFinite)
     return fill_nan(b.gradient, b.gradient_type, range);
+  if (b.outcome[p.segment] == Outcome::kUnused)
+    return fill_zero(b.gradient, b.gradient_type, range);
   with_work_type(b, [&]<class T>(T) {
     alignas(64) T buffer[kChunk];
     for_chunks(range, [&](int64_t i, int64_t n) {

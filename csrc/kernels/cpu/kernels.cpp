@@ -182,7 +182,7 @@ void CpuKernels::apply(const Bucket& b, const Gathered* gathered) const {
 }
 
 void CpuKernels::scan(const Bucket& b) const {
-  std::fill_n(b.used, b.num_segments, uint8_t{0});
+  std::fill_n(b.used, b.num_segments, static_cast<uint8_t>(!b.may_be_unused));
   for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
     uint8_t& used = b.used[p.segment];
     if (s.compressed() && !is_marked(used) && rows_.has_nonzero(b, p)) mark(used);
@@ -295,11 +295,11 @@ double CpuKernels::apply_gathered(const Bucket& b, const Gathered& gathered) con
 
 // The shared estimate lies in bucket order and is what DDP is to get: handing out its arena saves
 // the pass that would copy it. Not where its type differs from the bucket's, which DDP relies on,
-// or where a tensor's result is NaN and its estimate is not.
+// or where a tensor's result, NaN or zeros, is not its estimate.
 bool CpuKernels::publish(const Bucket& b) const {
-  const bool finite = std::none_of(b.outcome, b.outcome + b.num_segments,
-                                   [](Outcome o) { return o == Outcome::kNonFinite; });
-  if (finite && b.state_type == b.gradient_type) return false;
+  const bool is_estimate = std::all_of(b.outcome, b.outcome + b.num_segments,
+                                       [](Outcome o) { return o == Outcome::kNormal; });
+  if (is_estimate && b.state_type == b.gradient_type && !b.result_in_gradient) return false;
   for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.publish(b, p); });
   return true;
 }
@@ -329,7 +329,9 @@ void CpuKernels::blend(const Bucket& b) const {
 
 void CpuKernels::mark_dense(const Bucket& b, int64_t shift, int64_t copies, int64_t stride) const {
   for (int64_t i = 0; i < b.num_segments; ++i) {
-    if (!b.segments[i].compressed()) b.used[i] = b.bad[i] = 0;
+    if (b.segments[i].compressed()) continue;
+    b.used[i] = static_cast<uint8_t>(!b.may_be_unused);
+    b.bad[i] = 0;
   }
   for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
     if (s.compressed()) return;

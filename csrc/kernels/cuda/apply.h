@@ -104,9 +104,9 @@ struct MarkDense {
     block.each([&](int t) {
       for (int64_t i = t; i < b.num_segments; i += kThreads) {
         if (b.segments[i].compressed()) continue;
-        b.outcome[i] = block.fresh(scratch.bad + i) != 0    ? Outcome::kNonFinite
-                       : block.fresh(scratch.used + i) != 0 ? Outcome::kNormal
-                                                            : Outcome::kUnused;
+        b.outcome[i] = block.fresh(scratch.bad + i) != 0 ? Outcome::kNonFinite
+                       : !b.may_be_unused || block.fresh(scratch.used + i) != 0 ? Outcome::kNormal
+                                                                                : Outcome::kUnused;
         scratch.used[i] = 0;
         scratch.bad[i] = 0;
       }
@@ -189,8 +189,8 @@ struct Apply {
       // not.
       const bool blends = b.feedback == FeedbackKind::kEF21M;
       T h[kVector] = {};
-      if (blends) Array<AnyType>(b.shared, b.state_type).load(run, h);
       if (blends && outcome == Outcome::kUnused) return publish(run, h);
+      if (blends) Array<AnyType>(b.shared, b.state_type).load(run, h);
       mean.load(b, s, run, x);
       ARC_TOPK_UNROLL
       for (int j = 0; j < kVector; ++j) h[j] = blends ? keep * h[j] + eta * x[j] : x[j];
@@ -201,11 +201,9 @@ struct Apply {
 
   template <class Block>
   ARC_TOPK_DEVICE void apply_nothing(Block& block, Range range) const {
-    if (hands_out_estimate(b)) return;
     for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
-      T h[kVector] = {};
-      if (shares_estimate(b.feedback)) Array<AnyType>(b.shared, b.state_type).load(run, h);
-      publish(run, h);
+      const T nothing[kVector] = {};
+      publish(run, nothing);
     });
   }
 

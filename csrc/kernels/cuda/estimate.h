@@ -5,9 +5,11 @@
 
 namespace arc_topk::cuda {
 
-// DDP relies on the gradient's type.
+// DDP relies on the gradient's type. The result of a tensor that nobody used is zeros, whatever its
+// estimate, and the host does not know which those are.
 ARC_TOPK_HD bool hands_out_estimate(const Bucket& b) {
-  return b.shared != nullptr && b.state_type == b.gradient_type;
+  return b.shared != nullptr && b.state_type == b.gradient_type && !b.may_be_unused &&
+         !b.result_in_gradient;
 }
 
 // A segment's result is not finite, but what h is stays: NaN takes the place of its first element.
@@ -23,7 +25,7 @@ ARC_TOPK_DEVICE void withhold(const Bucket& b, int64_t segment) {
 
 // Before the segment's next step looks at h.
 ARC_TOPK_DEVICE void give_back(const Bucket& b, int64_t segment) {
-  if (!hands_out_estimate(b) || b.is_withheld[segment] == 0) return;
+  if (b.is_withheld == nullptr || b.is_withheld[segment] == 0) return;
   b.is_withheld[segment] = 0;
   with_type(b.state_type, [&]<class S>(S) {
     static_cast<S*>(b.shared)[b.segments[segment].offset] = static_cast<S*>(b.withheld)[segment];

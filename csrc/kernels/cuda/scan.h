@@ -1,6 +1,6 @@
-// used[]: whether this rank's gradient has a non-zero element. A block stops at the first that it
-// finds, and does not begin where another block of the same segment has found one: a tensor with a
-// gradient costs next to nothing.
+// used[]: whether this rank's gradient has a non-zero element, where that matters. A block stops at
+// the first that it finds, and does not begin where another block of the same segment has found
+// one: a tensor with a gradient costs next to nothing.
 #pragma once
 
 #include "kernels/cuda/estimate.h"
@@ -27,7 +27,8 @@ struct Scan {
     block.each([&](int t) {
       if (t == 0 && is_first(p)) give_back(b, p.segment);
     });
-    if (s.compressed() && !is_known(block, used) && finds(block, range_of(s, p))) {
+    if (b.may_be_unused && s.compressed() && !is_known(block, used) &&
+        finds(block, range_of(s, p))) {
       block.each([&](int t) {
         if (t == 0) block.mark(used, 1u);
       });
@@ -36,7 +37,7 @@ struct Scan {
       return;
     block.each([&](int t) {
       for (int64_t i = t; i < b.num_segments; i += kThreads) {
-        b.used[i] = block.fresh(scratch.used + i) != 0;
+        b.used[i] = !b.may_be_unused || block.fresh(scratch.used + i) != 0;
         b.bad[i] = 0;
         scratch.used[i] = 0;
       }
