@@ -11,10 +11,9 @@ import torch.distributed as dist
 
 from arc_topk.comm_group import comm_group
 
-
 # Backends whose collectives only queue themselves on the GPU's current stream, by how their names
-# begin: torch 2.15 has "nccl2", "nccl-lazy", "nccl4py" and more behind what users call "nccl". torch
-# tells of no backend whether it does.
+# begin: torch 2.15 has "nccl2", "nccl-lazy", "nccl4py" and more behind what users call "nccl".
+# torch tells of no backend whether it does.
 QUEUEING = ("nccl",)
 # Those that are known to make the host wait.
 WAITING = ("gloo", "mpi", "ucc")
@@ -53,10 +52,10 @@ def transport_of(group: dist.ProcessGroup, device: torch.device) -> Transport:
         return Transport(name, True, timeout)
     if device.type != "cpu" and not name.startswith(WAITING):
         warnings.warn(
-            f"arc_topk: the process group's backend for '{device.type}' is '{name}', of which it is "
-            "not known whether its collectives only queue themselves on the current stream; the "
-            "engine's go over Gloo instead, through the host: right, but slow. Expected NCCL or "
-            "Gloo",
+            f"arc_topk: the process group's backend for '{device.type}' is '{name}', of which it "
+            "is not known whether its collectives only queue themselves on the current stream; "
+            "the engine's go over Gloo instead, through the host: right, but slow. Expected NCCL "
+            "or Gloo",
             stacklevel=2,
         )
     return Transport(staged, False, timeout)

@@ -100,8 +100,8 @@ class State:
             ``energy_captured``, ||C||^2 of the averaged rows over ||mean X||^2 as the sketch
             estimates it (NaN for compressors without a sketch); ``seconds``, a dict by phase: the
             host's, who on a GPU only queues work; ``transport``, what payloads travel over:
-            ``"gloo"``, ``"nccl2"``, ``"gloo, staged through the host"``. A GPU's sums are read back from it, which
-            waits for it.
+            ``"gloo"``, ``"nccl2"``, ``"gloo, staged through the host"``. A GPU's sums are read back
+            from it, which waits for it.
         """
         if self._engine is None:
             raise RuntimeError("State.metrics() has nothing yet: bind(ddp) or run a step first")
