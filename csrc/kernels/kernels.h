@@ -213,10 +213,10 @@ class Kernels {
   // --- after the last collective ----------------------------------------------------------------
   // The summed payloads, or the mean of the messages, into the result. Feedback with a shared
   // estimate: h += C, dense segments h = mean (EF21M: (1 - eta) h + eta mean; unchanged where it
-  // is unused). Others: C into `gradient`, zero outside the picked rows. A compressed segment that is
-  // non-finite fills `gradient` with NaN (no shared estimate) or leaves h alone; a dense one whose
-  // mean is non-finite gets outcome kNonFinite and leaves h alone too.
-  // energy->captured += ||C||^2 over normal compressed segments.
+  // is unused). Others: C into `gradient`, zero outside the picked rows. A compressed segment that
+  // is non-finite fills `gradient` with NaN (no shared estimate) or leaves h alone; a dense one
+  // whose mean is non-finite gets outcome kNonFinite and leaves h alone too. energy->captured +=
+  // ||C||^2 over normal compressed segments.
   virtual void apply(const Bucket& b, const Gathered* gathered) const = 0;
   // Only feedback with a shared estimate, after apply() or blend(): whether the result is to be
   // taken from `gradient`, as it was put there (h, NaN where the outcome is non-finite, zeros where

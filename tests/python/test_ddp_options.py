@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from device import DEVICE, copy_to
-from model import Gradients, Pick, random_gradients, streams_of
+from model import Gradients, Pick, random_gradients
 from ranks import Ranks
 from test_engine import LAYOUTS, Run, assert_same_bits, check_against_oracle
 from torch.nn.parallel import DistributedDataParallel
@@ -52,7 +52,6 @@ def run_with_options(
     model = DistributedDataParallel(module, gradient_as_bucket_view=view, **OPTIONS[name])
     if name == MANUAL:
         model.require_manual_backward_finalization = True
-    streams = streams_of(model)
     state = arc_topk.register(model, **config) if config else None
     outputs = []
     for step in gradients:
@@ -64,7 +63,7 @@ def run_with_options(
         if name == "forward_sync_buffers":
             assert module.from_rank.tolist() == [0, 0, 0]
         outputs.append(copy_to("cpu", (p.grad for p in module.tensors)))
-    return Run(outputs, streams, state.metrics() if state else {}, 0)
+    return Run(outputs, state.metrics() if state else {}, 0)
 
 
 def gradients_for(name: str) -> Gradients:
