@@ -220,9 +220,10 @@ def valid_top_k(values: Tensor, rows: Tensor, rtol: float, magnitude: Tensor | N
 class Wire:
     """What happens to a value on its way: rounded to the wire's type, summed, divided by N.
 
-    In float16 the sum of N values may overflow though none of them does, so they are clamped to the
-    largest finite number 65504 and scaled by 2^-ceil(log2 N) before they are summed. (A clamp after
-    the scaling would not do: N times 65504 overflows.) Infinities and NaN pass.
+    The sum of N values may overflow though none of them does, so they are scaled by
+    2^-ceil(log2 N) before they are summed. In float16 they are clamped to its largest finite number
+    65504 before. (A clamp after the scaling would not do: N times 65504 overflows.) Infinities and
+    NaN pass.
 
     Attributes:
         dtype: type that travels.
@@ -239,8 +240,7 @@ class Wire:
     @property
     def scale(self) -> float:
         """The power of two that the values are divided by before they are summed."""
-        scaled = self.dtype == torch.float16 and self.summed
-        return 2.0 ** math.ceil(math.log2(self.world_size)) if scaled else 1.0
+        return 2.0 ** math.ceil(math.log2(self.world_size)) if self.summed else 1.0
 
     def send(self, x: Tensor) -> Tensor:
         """The values as they travel, in `dtype`."""

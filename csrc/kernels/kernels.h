@@ -13,6 +13,15 @@ namespace arc_topk {
 
 enum class DType : uint8_t { kF32, kF64, kBF16, kF16 };
 
+// What values are multiplied with before those of all ranks are summed: the sum may overflow though
+// their mean does not, in float16 at 65504, in float32 at 3e38. A power of two, since that loses
+// nothing but the smallest subnormal numbers, and what is lost stays in the error feedback.
+constexpr double scale_of_sum(int world_size) {
+  double scale = 1;
+  while (scale * world_size > 1) scale /= 2;
+  return scale;
+}
+
 constexpr int64_t size_of(DType type) {
   return type == DType::kF64 ? 8 : type == DType::kF32 ? 4 : 2;
 }
@@ -122,8 +131,8 @@ struct Bucket {
   uint8_t* is_withheld;  // whether it does
 
   int world_size;
-  // Wire values are X_i * wire_scale: 1, or for fp16 a power of two that keeps the sum of all ranks
-  // from overflowing. What comes back is divided by it again.
+  // Wire values are X_i * wire_scale: scale_of_sum(), or 1 where they are not summed on their way.
+  // What comes back is divided by it again.
   double wire_scale;
 };
 

@@ -113,4 +113,11 @@ ARC_TOPK_HD bool is_finite(T x) {
   return key_of(x) < (sizeof(T) == 4 ? Key<T>{0x7F800000u} : static_cast<Key<T>>(0x7FFull << 52));
 }
 
+// A row's score, the same on every machine: what has overflowed, to infinity or between two of them
+// to some NaN or other, counts as the largest.
+template <class T>
+ARC_TOPK_HD Key<T> key_of_score(T score) {
+  return key_of(is_finite(score) ? score : std::numeric_limits<T>::infinity());
+}
+
 }  // namespace arc_topk::numbers

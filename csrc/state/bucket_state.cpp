@@ -5,7 +5,6 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "compress/make_plan.h"
@@ -30,14 +29,6 @@ std::vector<at::Tensor> one_of(at::Tensor tensor) {
   std::vector<at::Tensor> one;
   if (tensor.defined()) one.push_back(std::move(tensor));
   return one;
-}
-
-// fp16 overflows at 65504: the sum of N values does not when each was scaled down by the next power
-// of two from N on. A power of two, since that loses nothing but the smallest subnormal numbers,
-// and what is lost stays in the error feedback. What is gathered is not summed on the wire.
-double wire_scale(DType wire, const Compressor& compressor, int world_size) {
-  const bool may_overflow = wire == DType::kF16 && !compressor.gathers();
-  return may_overflow ? std::exp2(-std::ceil(std::log2(world_size))) : 1.0;
 }
 
 void allocate_arenas(BucketState& s, FeedbackKind feedback, c10::Device device) {
@@ -139,7 +130,7 @@ void describe(BucketState& s, const Config& config, int world_size) {
   b.eta = config.eta;
   b.sketch_dim = s.compressor->sketches() ? config.sketch_dim : 0;
   b.world_size = world_size;
-  b.wire_scale = wire_scale(b.wire_type, *s.compressor, world_size);
+  b.wire_scale = s.compressor->gathers() ? 1.0 : scale_of_sum(world_size);
 }
 
 // What the allocator gives is; a view into something larger may not be.

@@ -123,12 +123,12 @@ inline double apply(const Bucket& b, const Piece& p) {
 // Adds one rank's elements in rows [begin, end) to sum[].
 template <class T>
 inline void add_sparse(const void* picks, const void* values, DType type, int64_t count,
-                       int64_t begin, int64_t end, T* sum) {
+                       int64_t begin, int64_t end, T scale, T* sum) {
   with_type(type, [&]<class W>(W) {
     for (int64_t k = first_pick(picks, count, begin); k < count; ++k) {
       const int64_t row = read<int32_t>(picks, k);
       if (row >= end) return;
-      sum[row - begin] += widen_to<T>(read<W>(values, k));
+      sum[row - begin] += widen_to<T>(read<W>(values, k)) * scale;
     }
   });
 }
@@ -151,7 +151,8 @@ inline double apply_gathered(const Bucket& b, const Piece& p, const void* messag
     SumOfSquares<T> squares;
     const Segment& s = segment_of(b, p);
     const bool shared = shares_estimate(b.feedback);
-    const T factor = mean_factor<T>(b, false);
+    const T scale = static_cast<T>(scale_of_sum(b.world_size));
+    const T factor = mean_factor<T>(b, false) / scale;
     const int64_t picks_at = distance(message, b.picks + s.pick);
     const int64_t values_at = distance(message, b.second) + s.packed * size_of(b.wire_type);
     for (int64_t begin = p.row_begin; begin < p.row_end; begin += kBlock) {
@@ -160,7 +161,7 @@ inline double apply_gathered(const Bucket& b, const Piece& p, const void* messag
       for (int64_t rank = 0; rank < b.world_size; ++rank) {
         const void* theirs = byte_offset(gathered, rank * stride);
         add_sparse(byte_offset(theirs, picks_at), byte_offset(theirs, values_at), b.wire_type,
-                   s.kept, begin, end, sum);
+                   s.kept, begin, end, scale, sum);
       }
       for (int64_t i = 0; i < end - begin; ++i) sum[i] *= factor;
       squares.add(sum, end - begin);
@@ -201,13 +202,15 @@ inline void average(const Bucket& b, const Segment& s, const Source& source, int
   void* own = byte_offset(s.dense_in_first ? b.first : b.second, at + source.shift);
   alignas(64) char aligned[kChunk * 8];
   std::fill_n(mean, n, T(0));
+  // A payload was summed on its way.
+  const T scale = source.copies == 1 ? T(1) : static_cast<T>(scale_of_sum(b.world_size));
   for (int64_t copy = 0; copy < source.copies; ++copy) {
     std::memcpy(aligned, byte_offset(own, copy * source.stride),
                 static_cast<size_t>(n * size_of(type)));
     const T* x = load(aligned, type, 0, n, buffer);
-    for (int64_t j = 0; j < n; ++j) mean[j] += x[j];
+    for (int64_t j = 0; j < n; ++j) mean[j] += x[j] * scale;
   }
-  const T factor = mean_factor<T>(b, s.dense_in_first);
+  const T factor = mean_factor<T>(b, s.dense_in_first) / scale;
   for (int64_t j = 0; j < n; ++j) mean[j] *= factor;
 }
 

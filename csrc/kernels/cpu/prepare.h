@@ -177,8 +177,8 @@ inline double score(const Bucket& b, const Piece& p) {
         const T x = sketch[row * b.sketch_dim + k] * mean;
         sum = sum + x * x;
       }
-      keys[row] = key_of(sum);
-      total += static_cast<double>(sum);
+      keys[row] = key_of_score(sum);
+      if (is_finite(sum)) total += static_cast<double>(sum);
     }
     return total;
   });

@@ -19,14 +19,16 @@ template <class T>
 struct DenseMean {
   DenseSource source;
   Gathered gathered;
+  T scale;         // what is summed here is multiplied with, see scale_of_sum()
   T first_factor;  // what a payload's sum is multiplied with
   T second_factor;
 
   DenseMean(const Bucket& b, DenseSource its_source, const Gathered* messages)
       : source(its_source),
         gathered(messages != nullptr ? *messages : Gathered{}),
-        first_factor(static_cast<T>(1.0 / b.world_size)),
-        second_factor(static_cast<T>(1.0 / b.wire_scale / b.world_size)) {}
+        scale(static_cast<T>(messages != nullptr ? scale_of_sum(b.world_size) : 1.0)),
+        first_factor(static_cast<T>(1.0 / b.world_size) / scale),
+        second_factor(static_cast<T>(1.0 / b.wire_scale / b.world_size) / scale) {}
 
   template <int kVector>
   ARC_TOPK_DEVICE void load(const Bucket& b, const Segment& s, Run run, T (&x)[kVector]) const {
@@ -60,7 +62,8 @@ struct DenseMean {
       with_type(type, [&]<class S>(S) {
         ARC_TOPK_UNROLL
         for (int j = 0; j < kVector; ++j) {
-          if (run.has(j)) x[j] = x[j] + widen_to<T>(read_unaligned<S>(theirs, run.index + j));
+          if (run.has(j))
+            x[j] = x[j] + widen_to<T>(read_unaligned<S>(theirs, run.index + j)) * scale;
         }
       });
     }
@@ -359,7 +362,7 @@ struct ApplyGathered {
         block.each([&](int t) {
           for (int64_t k = first + t; k < last; k += kThreads) {
             T& sum = shared.sum[s.offset + pick(k) - begin];
-            sum = sum + widen_to<T>(read_unaligned<W>(values, s.packed + k));
+            sum = sum + widen_to<T>(read_unaligned<W>(values, s.packed + k)) * apply.mean.scale;
           }
         });
       });

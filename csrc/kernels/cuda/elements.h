@@ -17,6 +17,7 @@ using numbers::F16;
 using numbers::is_finite;
 using numbers::Key;
 using numbers::key_of;
+using numbers::key_of_score;
 using numbers::kTypeOf;
 using numbers::narrow_to;
 using numbers::number_of;

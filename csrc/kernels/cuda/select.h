@@ -103,7 +103,7 @@ struct KeyMaker {
         ARC_TOPK_UNROLL
         for (int i = 0; i < kTogether; ++i) {
           const int64_t row = first + i * Block::kThreads;
-          if (row < end) to[row - begin] = key_of(sums[i]);
+          if (row < end) to[row - begin] = key_of_score(sums[i]);
         }
       }
     });
@@ -313,7 +313,8 @@ struct Select {
           for (int64_t i = t; i < count; i += kThreads) {
             const K key = shared.keys[i];
             if ((key & digit.above) == known) block.add(&shared.bins[digit.of(key)], 1);
-            if (first) scores[t].value[0] += static_cast<double>(number_of<T>(key));
+            const T score = number_of<T>(key);
+            if (first && is_finite(score)) scores[t].value[0] += static_cast<double>(score);
           }
         });
       });
