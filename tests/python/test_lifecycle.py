@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE, copy_to
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks, temporary
 from test_engine import LAYOUTS, assert_same_bits
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
+
+pytestmark = pytest.mark.device
 
 SLOW = timedelta(seconds=120)  # a group's time-out that no test may have to wait for
 SMALL_BUCKETS = {"bucket_cap_mb": 0.004}
@@ -74,9 +77,9 @@ def run_into_other_shapes(rank: int, world_size: int) -> tuple[str, str]:
     state = arc_topk.register(model, ratio=0.25)
     backward(model, gradients[0][rank])
     module = model.module
-    module.tensors[0].data = torch.zeros(3, 2)
+    module.tensors[0].data = torch.zeros(3, 2, device=DEVICE)
     smaller = message_of(lambda: state.bind(DistributedDataParallel(module)))
-    other = message_of(lambda: state.bind(DistributedDataParallel(nn.Linear(8, 8))))
+    other = message_of(lambda: state.bind(DistributedDataParallel(nn.Linear(8, 8, device=DEVICE))))
     return smaller, other
 
 
@@ -93,8 +96,8 @@ def run_under_the_hook(rank: int, world_size: int) -> str:
     arc_topk.register(model, ratio=0.25)
     backward(model, gradients)
     model.zero_grad(set_to_none=True)
-    loss = model(gradients)
-    model.module.tensors[0].data = torch.zeros(4, 4)
+    loss = model(copy_to(DEVICE, gradients))
+    model.module.tensors[0].data = torch.zeros(4, 4, device=DEVICE)
     return message_of(loss.backward)
 
 
@@ -340,20 +343,20 @@ def test_the_last_reference_may_go_in_a_callback(ranks: Ranks) -> None:
 
 def run_converted(rank: int, world_size: int, gradients: list[Tensor]) -> Tensor:
     """Converted between DDP() and the first backward; then zeros until the residual is sent."""
-    module = nn.Conv2d(8, 16, (1, 3), bias=False)
+    module = nn.Conv2d(8, 16, (1, 3), bias=False, device=DEVICE)
     model = DistributedDataParallel(module, gradient_as_bucket_view=True)
     arc_topk.register(model, ratio=0.25)
     module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     outputs = []
     for step in range(12):
         model.zero_grad(set_to_none=True)
-        x = torch.zeros(1, 8, 1, 3)
+        x = torch.zeros(1, 8, 1, 3, device=DEVICE)
         loss = model(x).sum() * 0
         # The gradient of sum(w * g) is g.
-        loss = loss + (module.weight * (gradients[rank] if step == 0 else 1e-30)).sum()
+        loss = loss + (module.weight * (gradients[rank].to(DEVICE) if step == 0 else 1e-30)).sum()
         loss.backward()
         assert module.weight.grad is not None
-        outputs.append(module.weight.grad.clone())
+        outputs.append(module.weight.grad.cpu().clone())
     return torch.stack(outputs).sum(0)
 
 
