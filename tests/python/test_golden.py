@@ -38,7 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
 
-pytestmark = pytest.mark.slow
+# On a GPU they would be other hashes; `make gpu-check` leaves out what is slow.
+pytestmark = [pytest.mark.slow, pytest.mark.device]
 
 FILE = Path(__file__).with_name("golden.json")
 WORLD_SIZES = [2, 3]
