@@ -1,6 +1,7 @@
 """State: the engine of one DDP instance on one rank, with its error feedback."""
 
 import uuid
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +168,13 @@ class State:
             raise TypeError(
                 "a State with an explicit process_group cannot be pickled; leave process_group out "
                 "and bind(ddp) in the process that uses it"
+            )
+        if self._engine is not None:
+            warnings.warn(
+                "arc_topk: a copy of this State is its configuration only; the error feedback of "
+                f"{self._engine.metrics()['steps']} steps is not in it, and training that goes on "
+                "from the copy begins with none. Keep this State, and bind() it to the new model",
+                stacklevel=2,
             )
         return {"config": self.config}
 

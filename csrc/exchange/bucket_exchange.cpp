@@ -32,6 +32,13 @@ void BucketExchange::begin(const at::Tensor& buffer, int64_t index, bool result_
         " is still being exchanged; expected its future to be waited for before "
         "the bucket is handed over again");
   }
+  Streams* const queues = streams();
+  if (queues != nullptr && kernels().capturing(queues->caller())) {
+    throw std::runtime_error(
+        "arc_topk: the current stream is capturing a CUDA graph; expected an exchange outside of "
+        "it: "
+        "a replay would use the same random numbers in every step");
+  }
   state_.take(buffer);
   state_.bucket.result_in_gradient = result_in_buffer;
   state_.progress->busy = true;

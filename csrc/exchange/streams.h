@@ -55,6 +55,9 @@ class Streams {
     complete(std::move(value));
   }
 
+  // The caller's stream, as kernels are told it.
+  void* caller() { return guard_.getStream(device_).native_handle(); }
+
   // The caller's stream waits for the bucket's last step.
   void settle(BucketEvents& events) { events.done.block(guard_.getStream(device_)); }
 

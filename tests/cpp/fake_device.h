@@ -187,6 +187,8 @@ class NotingKernels final : public Kernels {
     cpu_kernels().apply(b, gathered);
   }
   bool publish(const Bucket& b) const override { return cpu_kernels().publish(b); }
+  bool capturing(void*) const override { return captures; }
+  static inline bool captures = false;
   void divide(const Bucket& b) const override {
     note("divide", b);
     cpu_kernels().divide(b);

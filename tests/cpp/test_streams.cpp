@@ -172,6 +172,20 @@ TEST_F(StreamsTest, TheFakeSeesARace) {
   EXPECT_EQ(journal().races(), std::vector<std::string>{"read@2 may run before write@1"});
 }
 
+TEST_F(StreamsTest, AStreamThatIsCapturingIsRefusedAndNothingIsQueued) {
+  Exchange exchange(config("arc_topk", FeedbackKind::kEF14),
+                    {c10::make_intrusive<NotingGroup>(), {}});
+  OneBucket bucket;
+  exchange.start(bucket.gradient, bucket.parameters, 0)->wait();
+  journal().clear();
+  NotingKernels::captures = true;
+  EXPECT_THROW(exchange.start(bucket.gradient, bucket.parameters, 0), std::runtime_error);
+  EXPECT_THROW(exchange.run(bucket.gradient, bucket.parameters), std::runtime_error);
+  NotingKernels::captures = false;
+  EXPECT_EQ(journal().texts(), std::vector<std::string>());
+  exchange.start(bucket.gradient, bucket.parameters, 0)->waitAndThrow();
+}
+
 TEST_F(StreamsTest, AnErrorReachesTheFuture) {
   class Failing final : public c10d::ProcessGroup {
    public:

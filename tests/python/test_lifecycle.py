@@ -3,10 +3,13 @@
 Every case ends well or with an error that says what to do: no crash, no hang, nothing left behind.
 """
 
+import copy
 import gc
 import os
+import pickle
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -336,6 +339,28 @@ def run_last_reference_in_a_callback(rank: int, world_size: int) -> bool:
 
 def test_the_last_reference_may_go_in_a_callback(ranks: Ranks) -> None:
     assert ranks.run(run_last_reference_in_a_callback) == [True, True]
+
+
+def run_copies(rank: int, world_size: int) -> list[str]:
+    model = wrap(MATRIX, torch.float32)
+    state = arc_topk.State(ratio=0.25)
+    with warnings.catch_warnings(record=True) as unused:
+        warnings.simplefilter("always")
+        pickle.dumps(state)
+    state = arc_topk.register(model, ratio=0.25)
+    backward(model, random_gradients(MATRIX, world_size, 1, torch.float32)[0][rank])
+    with warnings.catch_warnings(record=True) as used:
+        warnings.simplefilter("always")
+        again = pickle.loads(pickle.dumps(state))
+        copy.deepcopy(state)
+    assert again.config == state.config and not unused
+    return [str(warning.message) for warning in used]
+
+
+def test_a_copy_of_a_used_state_warns_that_its_error_feedback_is_not_in_it(ranks: Ranks) -> None:
+    for texts in ranks.run(run_copies):
+        assert len(texts) == 2
+        assert all("of 1 steps is not in it" in text for text in texts)
 
 
 # --- memory formats -------------------------------------------------------------------------------
