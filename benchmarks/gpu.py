@@ -97,7 +97,7 @@ def host_microseconds(tensors: int, device: str, calls: int = 50) -> float:
 
 def require_nccl(name: str, metrics: dict[str, Any]) -> None:
     """Raises RuntimeError where an engine has timed collectives through the host's memory."""
-    transport = metrics.get("transport", "nccl")
+    transport = metrics["transport"]
     if not transport.startswith("nccl"):
         raise RuntimeError(f"{name} exchanges by {transport!r}; expected NCCL: times would be its")
 

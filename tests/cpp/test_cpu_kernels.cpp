@@ -67,6 +67,10 @@ std::vector<BucketSpec> specs(FeedbackKind feedback) {
     spec.wire = t.wire;
     spec.wire_scale = t.scale;
     all.push_back(spec);
+    if (!shares_estimate(feedback)) continue;
+    spec.may_be_unused = false;
+    spec.result_in_gradient = true;
+    all.push_back(spec);
   }
   return all;
 }
@@ -876,8 +880,9 @@ void check_dense_result(const BucketInMemory& x, const Segment& s, Outcome outco
 }
 
 // The outcomes that apply() itself has to find: tensor 5 zero everywhere, tensor 14 not finite.
-Outcome dense_outcome(int64_t index) {
-  return index == 5 ? Outcome::kUnused : index == 14 ? Outcome::kNonFinite : Outcome::kNormal;
+Outcome dense_outcome(const Bucket& b, int64_t index) {
+  if (index == 5 && b.may_be_unused) return Outcome::kUnused;
+  return index == 14 ? Outcome::kNonFinite : Outcome::kNormal;
 }
 
 void check_applied(const BucketInMemory& x, double energy, const Sum& sum,
@@ -889,9 +894,9 @@ void check_applied(const BucketInMemory& x, double energy, const Sum& sum,
       expected += check_compressed_result(x, s, x.b.outcome[i], sum, h_before);
     } else if (s.numel > 0) {
       if (shares_estimate(x.b.feedback)) {
-        EXPECT_EQ(x.b.outcome[i], dense_outcome(i)) << "segment " << i;
+        EXPECT_EQ(x.b.outcome[i], dense_outcome(x.b, i)) << "segment " << i;
       }
-      check_dense_result(x, s, dense_outcome(i), sum, h_before);
+      check_dense_result(x, s, dense_outcome(x.b, i), sum, h_before);
     }
     if (::testing::Test::HasFailure()) return;
   }
@@ -1018,6 +1023,20 @@ TEST(CpuApply, AveragesGatheredMessages) {
   });
 }
 
+// Where all is normal only whoever wants the result in the bucket has it copied there.
+TEST(CpuApply, PublishesIntoTheGradientWhereThatIsWanted) {
+  for_everything([](const cpu::CpuKernels& kernels, BucketInMemory& x) {
+    if (!shares_estimate(x.b.feedback)) return;
+    std::fill_n(x.b.outcome, x.b.num_segments, Outcome::kNormal);
+    const bool same_type = x.b.state_type == x.b.gradient_type;
+    EXPECT_EQ(kernels.publish(x.b), x.b.result_in_gradient || !same_type);
+    x.b.result_in_gradient = true;
+    EXPECT_TRUE(kernels.publish(x.b));
+    for (int64_t i = 0; i < x.b.numel; ++i)
+      ASSERT_EQ(x.gradient(i), rounded(x.b.gradient_type, x.shared(i)));
+  });
+}
+
 // --- dense steps
 // ------------------------------------------------------------------------------------
 
@@ -1060,13 +1079,13 @@ TEST(CpuDenseSteps, BlendIsMomentumOfTheMean) {
     for (int64_t index = 0; index < y.b.num_segments; ++index) {
       const Segment& s = y.segments[index];
       if (s.numel > 0) {
-        EXPECT_EQ(y.b.outcome[index], dense_outcome(index));
+        EXPECT_EQ(y.b.outcome[index], dense_outcome(y.b, index));
       }
       for (int64_t i = s.offset; i < s.offset + s.numel; ++i) {
         const double keep = scalar.w(1 - y.b.eta), eta = scalar.w(y.b.eta);
         const double blended =
             scalar.s(scalar.w(scalar.w(keep * h[i]) + scalar.w(eta * y.gradient(i))));
-        ASSERT_EQ(y.shared(i), dense_outcome(index) == Outcome::kNormal ? blended : h[i]);
+        ASSERT_EQ(y.shared(i), dense_outcome(y.b, index) == Outcome::kNormal ? blended : h[i]);
       }
     }
     check_published(kernels, y);

@@ -73,6 +73,37 @@ def run_exchange(
     return outputs, exchange.metrics(), exchange.plan().wire_bytes
 
 
+def run_reading_the_buffer(
+    rank: int, world_size: int, gradients: Gradients, feedback: str
+) -> list[bool]:
+    """What a wrapper does that changes the future's value, or reads the bucket behind it."""
+    model = wrap(LAYOUTS, torch.float32)
+    state = arc_topk.State(feedback=feedback, ratio=0.2)
+    in_buffer: list[bool] = []
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations
+        def look(future: Any) -> Tensor:
+            value: Tensor = future.value()
+            in_buffer.append(value.data_ptr() == bucket.buffer().data_ptr())
+            return value.div_(2).mul_(2)
+
+        return arc_topk.arc_topk_hook(state, bucket).then(look)
+
+    model.register_comm_hook(state, hook)
+    state.bind(model)
+    for step in gradients:
+        backward(model, step[rank])
+    return in_buffer
+
+
+@pytest.mark.parametrize("feedback", ["none", "ef14", "ef21", "ef21m"])
+def test_the_standard_form_leaves_its_result_in_the_buckets_buffer(
+    ranks: Ranks, feedback: str
+) -> None:
+    for in_buffer in ranks.run(run_reading_the_buffer, same_gradients(), feedback):
+        assert len(in_buffer) == STEPS and all(in_buffer)
+
+
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_gradient_exchange_gives_the_same_bits(ranks: Ranks, compressor: str) -> None:
     gradients = same_gradients()
@@ -152,6 +183,31 @@ def test_no_sync_accumulates(ranks: Ranks) -> None:
     for t, total in enumerate(out):
         parts = [g for step in gradients for own in step if (g := own[t]) is not None]
         torch.testing.assert_close(total, sum(parts) / 2, rtol=1e-5, atol=1e-5)
+
+
+def run_uneven(rank: int, world_size: int, gradients: Gradients, feedback: str) -> list[Tensor]:
+    """Rank 0 has more inputs: rank 1 shadows it, with zeros."""
+    model = wrap(LAYOUTS, torch.float32)
+    arc_topk.register(model, feedback=feedback, ratio=0.2)
+    mine = gradients if rank == 0 else gradients[:2]
+    sums = [torch.zeros_like(t, device="cpu") for t in LAYOUTS]
+    with model.join(divide_by_initial_world_size=True):
+        for step in mine:
+            for total, out in zip(sums, backward(model, step[rank]), strict=True):
+                assert out is not None
+                total += out
+    return sums
+
+
+def test_uneven_inputs_under_join_lose_no_residual(ranks: Ranks) -> None:
+    """Rank 0 goes on with tiny gradients: what both owe when rank 1 has joined is paid."""
+    gradients = same_gradients(30)
+    for step in gradients[2:]:
+        step[0] = [torch.full_like(t, 1e-30) for t in step[0] if t is not None]
+    sums = ranks.run(run_uneven, gradients, "ef14")[0]
+    for t, total in enumerate(sums):
+        parts = [g for step in gradients[:2] for own in step if (g := own[t]) is not None]
+        torch.testing.assert_close(total, sum(parts) / 2, rtol=1e-4, atol=1e-4)
 
 
 def run_two_models(rank: int, world_size: int, gradients: Gradients) -> list[Any]:
