@@ -191,6 +191,34 @@ def test_a_state_goes_on_after_a_failed_backward(compressor: str, feedback: str)
     assert max(zero[1], one[1]) < 60, "it waits for the time-out"
 
 
+def run_beside_a_new_state(
+    rank: int, world_size: int, gradients: Gradients, config: dict[str, Any]
+) -> list[list[Tensor | None]]:
+    """Rank 1 has lost its state, as a worker has that was started again."""
+    model = wrap(LAYOUTS, torch.float32, **SMALL_BUCKETS)
+    state = arc_topk.register(model, **config)
+    for step in gradients[:3]:
+        backward(model, step[rank])
+    model = DistributedDataParallel(model.module, **SMALL_BUCKETS)
+    if rank == 1:
+        state = arc_topk.State(**config)
+    model.register_comm_hook(state, arc_topk.arc_topk_hook)
+    state.bind(model)
+    return [backward(model, step[rank]) for step in gradients[3:]]
+
+
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
+@pytest.mark.parametrize("feedback", ["ef14", "ef21", "ef21m"])
+def test_a_rank_without_state_joins_those_with_one(
+    ranks: Ranks, compressor: str, feedback: str
+) -> None:
+    gradients = random_gradients(LAYOUTS, 2, 6, torch.float32)
+    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+    zero, one = ranks.run(run_beside_a_new_state, gradients, config)
+    for a, b in zip(zero, one, strict=True):
+        assert_same_bits(a, b)
+
+
 def run_and_let_go(rank: int, world_size: int, gradients: Gradients) -> float:
     model = wrap(LAYOUTS, torch.float32, **SMALL_BUCKETS)
     state = arc_topk.register(model, ratio=0.2)
@@ -301,11 +329,11 @@ def run_keeping_the_state(rank: int, world_size: int) -> bool:
     model = wrap(LAYOUTS, torch.float32)
     state = arc_topk.register(model, ratio=0.2)
     backward(model, gradients)
-    module = weakref.ref(model.module)
+    left = [weakref.ref(model.module), *map(weakref.ref, model.module.parameters())]
     del model
     gc.collect()
     assert len(state.plan().rows) == len(LAYOUTS)
-    return module() is None
+    return all(one() is None for one in left)
 
 
 def test_a_state_keeps_no_model_alive(ranks: Ranks) -> None:
