@@ -33,4 +33,7 @@ def comm_group(
     made._set_default_backend(gloo)
     made._set_group_name(name)  # type: ignore[arg-type]
     made._set_group_desc("arc_topk")
+    # All are connected to all before anybody goes on: a rank that let its engine go at once would
+    # close connections that another is still making.
+    made.barrier().wait()
     return made

@@ -64,7 +64,8 @@ BucketExchange& Exchange::exchange_of(const at::Tensor& buffer, const Parameters
   BucketState* state = shared_.store.find(parameters, buffer);
   if (state == nullptr) {
     shared_.lifecycle.check_running();
-    if (shared_.store.takes_over(parameters)) drain();
+    if (shared_.store.takes_from_busy(parameters)) drain();
+    for (auto& [old, exchange] : exchanges_) exchange->settle();
     state = &shared_.store.make(parameters, buffer,
                                 [this](BucketState& old) { exchanges_.erase(&old); });
   }
@@ -73,11 +74,11 @@ BucketExchange& Exchange::exchange_of(const at::Tensor& buffer, const Parameters
   return *exchange;
 }
 
-// Buckets are about to change: nothing may be in the air that still works on the old ones.
+// Buckets are about to change: nothing may be in the air that still works on the old ones. (Not so
+// when DDP rebuilds its buckets: those of the step before have all ended.)
 void Exchange::drain() {
   const Lifecycle::Draining draining(shared_.lifecycle);
   shared_.comm_thread.drain();
-  for (auto& [state, exchange] : exchanges_) exchange->settle();
 }
 
 c10::intrusive_ptr<c10::ivalue::Future> Exchange::start(const at::Tensor& buffer,

@@ -157,10 +157,10 @@ BucketState* StateStore::find(const Parameters& parameters, const at::Tensor& bu
   return bucket;
 }
 
-bool StateStore::takes_over(const Parameters& parameters) const {
+bool StateStore::takes_from_busy(const Parameters& parameters) const {
   return std::any_of(parameters.begin(), parameters.end(), [&](const at::Tensor& parameter) {
     const Slot* slot = slot_of(parameter);
-    return slot != nullptr && slot->bucket != nullptr;
+    return slot != nullptr && slot->bucket != nullptr && slot->bucket->progress->busy;
   });
 }
 

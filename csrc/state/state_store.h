@@ -53,8 +53,8 @@ class StateStore {
 
   // The bucket of these parameters as they lie in `buffer`; null: unknown, make() it.
   BucketState* find(const Parameters& parameters, const at::Tensor& buffer) const;
-  // Whether making it takes state away from other buckets: nothing may be in the air then.
-  bool takes_over(const Parameters& parameters) const;
+  // Whether making it takes state away from a bucket that is in the air, which must end before.
+  bool takes_from_busy(const Parameters& parameters) const;
   // Throws std::invalid_argument before anything is touched. Buckets that are left empty go, each
   // told to `leaving` before.
   BucketState& make(const Parameters& parameters, const at::Tensor& buffer,

@@ -227,20 +227,39 @@ TEST_F(LifecycleTest, TheEngineMayGoInACallbackOfItsOwnFuture) {
   expect_contains(second->tryRetrieveErrorMessage(), "before its turn");
 }
 
-TEST_F(LifecycleTest, BucketsCannotChangeFromACallback) {
-  const OneBucket bucket;
-  const std::vector<at::Tensor> other{bucket.parameters[1], bucket.parameters[0]};
+TEST_F(LifecycleTest, ABucketInTheAirCannotBeTakenApartFromACallback) {
+  const OneBucket one, two;
+  const std::vector<at::Tensor> other{two.parameters[1], two.parameters[0]};
   comm_->close();
-  const Future first = start(bucket);
+  const Future first = start(one);
+  const Future second = start(two);  // its turn comes behind the callback
   std::atomic<bool> called{false};
   std::string text;
   first->addCallback([&](c10::ivalue::Future&) {
-    text = error_of([&] { engine_->start(bucket.gradient, other, 0); });
+    text = error_of([&] { engine_->start(at::randn({64 * 16 + 5}), other, 0); });
     called = true;
   });
   comm_->open();
   while (!called) std::this_thread::yield();
   expect_contains(text, "from within a callback");
+  second->waitAndThrow();
+}
+
+TEST_F(LifecycleTest, ABucketThatHasEndedMayBeTakenApartEvenInItsOwnCallback) {
+  const OneBucket bucket;
+  const std::vector<at::Tensor> other{bucket.parameters[1], bucket.parameters[0]};
+  comm_->close();
+  const Future first = start(bucket);
+  std::atomic<bool> called{false};
+  Future second;
+  first->addCallback([&](c10::ivalue::Future&) {
+    second = engine_->start(at::randn({64 * 16 + 5}), other, 0);
+    called = true;
+  });
+  comm_->open();
+  while (!called) std::this_thread::yield();
+  second->waitAndThrow();
+  EXPECT_EQ(engine_->metrics().steps, 2U);
 }
 
 TEST_F(LifecycleTest, MetricsAreReadWhileBucketsComeAndGo) {

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
+from arc_topk.comm_group import comm_group
 
 pytestmark = pytest.mark.device
 
@@ -223,11 +224,18 @@ def run_and_let_go(rank: int, world_size: int, gradients: Gradients) -> float:
     model = wrap(LAYOUTS, torch.float32, **SMALL_BUCKETS)
     state = arc_topk.register(model, ratio=0.2)
     backward(model, gradients[0][rank])
-    fail_half_way(model, gradients[1][rank], 0 if rank == 0 else 6)
+    # Rank 1 fails before its first bucket and stays: rank 0 waits for what never comes.
+    fail_half_way(model, gradients[1][rank], 1 if rank == 0 else 6)
+    store = dist.group.WORLD.get_group_store()
+    if rank == 1:
+        store.wait(["rank 0 is through"])
+        return 0
     begun = time.monotonic()
     del model, state
     gc.collect()
-    return time.monotonic() - begun
+    took = time.monotonic() - begun
+    store.set("rank 0 is through", "")
+    return took
 
 
 def test_letting_go_after_a_failed_backward_does_not_wait_for_the_time_out() -> None:
@@ -322,6 +330,15 @@ def test_sixty_wraps_leave_no_thread_no_file_no_group_and_no_model(
     for before, after, alive in ranks.run(run_wraps, 60, standard):
         assert after == before
         assert alive == 0
+
+
+def run_letting_go_at_once(rank: int, world_size: int, times: int) -> None:
+    for i in range(times):
+        comm_group(dist.group.WORLD, SLOW, f"group {i}")
+
+
+def test_a_rank_may_let_go_while_another_is_still_connecting(pools: Pools) -> None:
+    pools.of(4).run(run_letting_go_at_once, 150)
 
 
 def run_keeping_the_state(rank: int, world_size: int) -> bool:
