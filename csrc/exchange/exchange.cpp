@@ -65,7 +65,10 @@ BucketExchange& Exchange::exchange_of(const at::Tensor& buffer, const Parameters
   if (state == nullptr) {
     shared_.lifecycle.check_running();
     if (shared_.store.takes_from_busy(parameters)) drain();
-    for (auto& [old, exchange] : exchanges_) exchange->settle();
+    // Those in the air keep what they have.
+    for (auto& [old, exchange] : exchanges_) {
+      if (!exchange->busy()) exchange->settle();
+    }
     state = &shared_.store.make(parameters, buffer,
                                 [this](BucketState& old) { exchanges_.erase(&old); });
   }
