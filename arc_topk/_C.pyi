@@ -87,6 +87,9 @@ class Exchange:
 
     def metrics(self) -> dict[str, Any]: ...
     def reset_metrics(self) -> None: ...
+    @property
+    def steps(self) -> int:
+        """``metrics()["steps"]``, without waiting for a GPU."""
 
 def register_comm_hook(reducer: Reducer, exchange: Exchange) -> None:
     """Registers the native hook on a DDP reducer. Once per reducer, before its first backward."""

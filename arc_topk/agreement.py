@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from arc_topk.config import Config
+from arc_topk.groups import current
+from arc_topk.meeting import meet
 
 Tensors = Sequence[tuple[str, tuple[int, ...], str]]
 
@@ -19,7 +22,14 @@ def describe_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> Tensors:
 
 
 def agree(
-    config: Config | None, tensors: Tensors, error: Exception | None, group: dist.ProcessGroup
+    config: Config | None,
+    tensors: Tensors,
+    error: Exception | None,
+    group: dist.ProcessGroup,
+    *,
+    call: str,
+    wait: timedelta,
+    device: torch.device,
 ) -> None:
     """Compares configuration and tensors across the ranks of ``group``: a collective.
 
@@ -28,9 +38,13 @@ def agree(
         tensors: this rank's, by `describe_tensors`.
         error: what this rank found wrong by itself. It is raised here; the other ranks learn of it,
             so that none of them waits for a rank that has given up.
-        group: must be usable with CPU tensors.
+        group: whose ranks are compared.
+        call: what the user has called, for messages.
+        wait: for ranks that are not there yet.
+        device: where the group's collectives may put what they send.
 
     Raises:
+        RuntimeError: on every rank that was there, if some were not.
         ValueError: on every rank, if ranks differ or one has an error; names rank, field and
             values.
     """
@@ -38,12 +52,14 @@ def agree(
     mine = (None if error is None else f"{type(error).__name__}: {error}", fields, list(tensors))
     ranks: list[tuple[str | None, dict[str, str], list[tuple[str, tuple[int, ...], str]]]]
     ranks = [mine] * dist.get_world_size(group)
-    dist.all_gather_object(ranks, mine, group=group)
+    meet(group, call, wait)
+    with current(device):
+        dist.all_gather_object(ranks, mine, group=group)
     if error is not None:
         raise error
     for rank, (theirs, _, _) in enumerate(ranks):
         if theirs is not None:
-            raise ValueError(f"arc_topk: rank {rank} could not register: {theirs}")
+            raise ValueError(f"arc_topk: {call} failed on rank {rank}: {theirs}")
     for field in dataclasses.fields(Config):
         _equal(f"Config.{field.name}", [rank[1][field.name] for rank in ranks])
     _equal("the number of tensors", [str(len(rank[2])) for rank in ranks])

@@ -5,26 +5,42 @@ from __future__ import annotations
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from arc_topk.device import unservable
+from arc_topk.servable import on_two_devices, unservable
 
 
-def not_ddp(ddp: object) -> TypeError:
-    """The error for what is no DDP."""
-    return TypeError(
-        f"ddp is a {type(ddp).__name__}; expected torch.nn.parallel.DistributedDataParallel"
+def ddp_in(model: object) -> DistributedDataParallel:
+    """The DDP that ``model`` is, or that it wraps: torch.compile's module, Lightning Fabric's.
+
+    Raises:
+        TypeError: there is none in it, or more than one.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return model
+    inside = (
+        [(n, m) for n, m in model.named_modules() if isinstance(m, DistributedDataParallel)]
+        if isinstance(model, torch.nn.Module)
+        else []
+    )
+    if len(inside) == 1:
+        return inside[0][1]
+    what = f"ddp is a {type(model).__name__}"
+    if inside:
+        names = ", ".join(repr(name) for name, _ in inside)
+        raise TypeError(f"{what} with {len(inside)} DDP instances in it ({names}); expected one")
+    raise TypeError(
+        f"{what} with no DDP instance in it; expected "
+        "torch.nn.parallel.DistributedDataParallel(model), or a module that wraps it"
     )
 
 
 def check_hookable(ddp: DistributedDataParallel) -> None:
     """Raises ValueError for a DDP that a native hook cannot be registered on."""
-    if not isinstance(ddp, DistributedDataParallel):
-        raise not_ddp(ddp)
     if ddp.mixed_precision is not None:
         raise ValueError(
             "ddp was made with mixed_precision, which registers a hook of its own; "
             "use torch.autocast, or a module in bfloat16, instead"
         )
-    if ddp._comm_hooks:
+    if has_hook(ddp):
         hook = getattr(ddp._comm_hooks[0][0], "__qualname__", ddp._comm_hooks[0][0])
         raise ValueError(f"ddp has a communication hook already ({hook}); DDP takes only one")
     if ddp._use_python_reducer:
@@ -39,6 +55,14 @@ def check_hookable(ddp: DistributedDataParallel) -> None:
         )
 
 
+def has_hook(ddp: DistributedDataParallel) -> bool:
+    """Whether the reducer has one: a deep copy of a DDP lists its hooks, but has none of them."""
+    if not ddp._comm_hooks or ddp.logger is None:
+        return bool(ddp._comm_hooks)
+    data: dict[str, object] = ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    return bool(data.get("comm_hook"))
+
+
 def unservable_parameter(
     ddp: DistributedDataParallel, named: list[tuple[str, torch.Tensor]]
 ) -> ValueError | None:
@@ -50,17 +74,9 @@ def unservable_parameter(
                 "sparse=False"
             )
     for name, parameter in named:
-        error = unservable(f"parameter '{name}'", parameter.device)
+        if parameter.device != named[0][1].device:
+            return on_two_devices(f"parameter '{name}'", parameter, named[0][1])
+        error = unservable(f"parameter '{name}'", parameter)
         if error is not None:
             return error
-        if parameter.is_complex():
-            return ValueError(
-                f"parameter '{name}' is {parameter.dtype}; expected a real dtype: keep it as "
-                "torch.view_as_real(...)"
-            )
-        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            return ValueError(
-                f"parameter '{name}' is {parameter.dtype}; expected float32, float64, bfloat16 or "
-                "float16"
-            )
     return None

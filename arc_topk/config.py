@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -59,23 +62,27 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("compressor", self.compressor, COMPRESSORS)
         _one_of("feedback", self.feedback, FEEDBACKS)
-        _number("ratio", self.ratio, "a number in (0, 1]", lambda x: 0 < x <= 1)
-        _integer("sketch_dim", self.sketch_dim, 1, 64)
+        self._take("ratio", _number("ratio", self.ratio))
+        self._take("sketch_dim", _integer("sketch_dim", self.sketch_dim, 1, 64))
         if self.row_width is not None:
-            _integer("row_width", self.row_width, 1, 2**31 - 1)
+            self._take("row_width", _integer("row_width", self.row_width, 1, 2**31 - 1))
         if self.eta is not None:
             if self.feedback != "ef21m":
                 raise ValueError(
                     f"eta is {self.eta} with feedback='{self.feedback}'; only feedback='ef21m' has "
                     "a momentum: leave eta out, or choose feedback='ef21m'"
                 )
-            _number("eta", self.eta, "a number in (0, 1]", lambda x: 0 < x <= 1)
-        _integer("start_step", self.start_step, 0, 2**62)
+            self._take("eta", _number("eta", self.eta))
+        self._take("start_step", _integer("start_step", self.start_step, 0, 2**62))
         if self.wire_dtype is not None:
             _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)
         if self.state_dtype is not None:
             _one_of("state_dtype", self.state_dtype, STATE_DTYPES)
-        _integer("seed", self.seed, 0, 2**64 - 1)
+        self._take("seed", _integer("seed", self.seed, 0, 2**64 - 1))
+
+    def _take(self, name: str, value: int | float) -> None:
+        """NumPy's numbers are taken as Python's, which print and compare alike on every rank."""
+        object.__setattr__(self, name, value)
 
     def native(self) -> _C.Config:
         """The same for the engine, defaults filled in."""
@@ -84,9 +91,25 @@ class Config:
         return _C.Config(**fields)
 
 
-def config_from(config: Config | None, fields: dict[str, Any]) -> Config:
+class Fields(TypedDict, total=False):
+    """`Config`'s fields, as keywords of whatever takes them instead of a `Config`."""
+
+    compressor: str
+    feedback: str
+    ratio: float
+    sketch_dim: int
+    row_width: int | None
+    eta: float | None
+    start_step: int
+    wire_dtype: torch.dtype | None
+    state_dtype: torch.dtype | None
+    seed: int
+
+
+def config_from(config: Config | None, fields: Mapping[str, Any]) -> Config:
     """``config``, or one of ``fields``; not both."""
     if config is None:
+        _check_names(fields)
         return Config(**fields)
     if fields:
         raise TypeError(f"give either config or its fields, not both; got {sorted(fields)} as well")
@@ -95,22 +118,35 @@ def config_from(config: Config | None, fields: dict[str, Any]) -> Config:
     return config
 
 
+def _check_names(fields: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(Config)]
+    for name in fields:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean '{similar[0]}'? " if similar else ""
+            raise TypeError(f"there is no field '{name}': {meant}Config has {', '.join(known)}")
+
+
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         names = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"{name} is {value!r}; expected one of {names}")
 
 
-def _number(name: str, value: object, expected: str, valid: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _number(name: str, value: object) -> float:
+    """A number in (0, 1]."""
+    expected = "a number in (0, 1]"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
-    if not valid(value):
+    if not 0 < float(value) <= 1:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
+    return float(value)
 
 
-def _integer(name: str, value: object, low: int, high: int) -> None:
+def _integer(name: str, value: object, low: int, high: int) -> int:
     expected = f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
+    return int(value)

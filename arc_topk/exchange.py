@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from typing_extensions import Unpack
 
 from arc_topk import _C
 from arc_topk.agreement import agree, describe_tensors
-from arc_topk.config import Config, config_from
-from arc_topk.device import unservable
+from arc_topk.config import Config, Fields, config_from
+from arc_topk.groups import current, own_transport, timeout_of
 from arc_topk.plan import Plan, make_plan
+from arc_topk.servable import on_two_devices, unservable
 
 
 class GradientExchange:
@@ -35,95 +37,170 @@ class GradientExchange:
         **fields: fields of `Config`, instead of ``config``.
 
     Raises:
-        TypeError, ValueError: from `Config`; a dtype that cannot be served; or, on every rank,
+        TypeError, ValueError: from `Config`; a tensor that cannot be served; or, on every rank,
             ranks differ.
+        RuntimeError: no process group; or not all ranks have come within the group's time-out.
     """
 
     def __init__(
         self,
-        tensors: Sequence[torch.Tensor],
+        tensors: Iterable[torch.Tensor],
         config: Config | None = None,
         process_group: dist.ProcessGroup | None = None,
-        **fields: Any,
+        **fields: Unpack[Fields],
     ) -> None:
         group = process_group if process_group is not None else dist.group.WORLD
         if group is None:
             raise RuntimeError("arc_topk: no process group; call init_process_group() first")
         error: Exception | None = None
+        given: list[torch.Tensor] = []
         try:
             self.config = config_from(config, fields)
-            _check_devices(tensors)
+            given = _servable(tensors)
         except (TypeError, ValueError) as found:
             error = found
-        named = [(str(i), tensor) for i, tensor in enumerate(tensors)]
-        mine = None if error else self.config
-        agree(mine, describe_tensors(named), error, group)
+        named = [(str(i), tensor) for i, tensor in enumerate(given)]
+        device = given[0].device if given else torch.device("cpu")
+        agree(
+            None if error else self.config,
+            describe_tensors(named),
+            error,
+            group,
+            call="GradientExchange(...)",
+            wait=timeout_of(group),
+            device=device,
+        )
 
         self._group = group
+        self._device = device
+        self._transport = own_transport(group, device)
         # Only what tells a tensor from another is kept: shape, strides, dtype, identity.
         self._keys = [
-            torch.empty_like(t, device="meta", memory_format=torch.preserve_format) for t in tensors
+            torch.empty_like(t, device="meta", memory_format=torch.preserve_format) for t in given
         ]
         self._buckets = [
-            _FlatBucket(self._keys, dtype, tensors[0].device)
-            for dtype in {t.dtype: None for t in tensors}
+            _FlatBucket(self._keys, dtype, device) for dtype in {t.dtype: None for t in given}
         ]
         self._engine = _C.Exchange(self.config.native(), group)
         names = [f"tensor {i}" for i in range(len(self._keys))]
         self._engine.bind(self._keys, names, may_be_unused=False)
 
-    def all_reduce_(self, tensors: Sequence[torch.Tensor]) -> None:
+    def all_reduce_(
+        self, tensors: Iterable[torch.Tensor | None], *, none_as_zero: bool = False
+    ) -> list[torch.Tensor]:
         """Replaces every tensor by its average over ranks, as compressed. A collective.
 
+        What a rank refuses is refused on every rank, and changes nothing: no rank waits for one
+        that has raised. Only NCCL's ranks, whose host must not wait, are not told: they get NaN in
+        that step.
+
         Args:
-            tensors: of the shapes and dtypes given when this was made, in the same order.
+            tensors: of the shapes, dtypes and device given when this was made, in the same order;
+                strides may differ.
+            none_as_zero: take None, the gradient of a parameter that this rank did not use, for
+                zeros. It need not be the same on every rank.
+
+        Returns:
+            The tensors; in the place of None a new one, with the strides given at the start::
+
+                grads = exchange.all_reduce_((p.grad for p in parameters), none_as_zero=True)
+                for p, grad in zip(parameters, grads):
+                    p.grad = grad
 
         Raises:
-            ValueError: another number of tensors, shape or dtype; names the place in the list.
+            ValueError: another number of tensors, shape, dtype or device, or None; names the place
+                in the list and, on the other ranks, the rank.
             RuntimeError: a collective failed; names rank, bucket, phase and first tensor.
         """
-        self._check(tensors)
+        given: list[torch.Tensor] = []
+        error: Exception | None = None
+        try:
+            given = self._checked(tensors, none_as_zero)
+        except (TypeError, ValueError) as found:
+            error = found  # this rank takes part with NaN, which changes no state anywhere
         for bucket in self._buckets:
-            mine = [tensors[i] for i in bucket.indices]
+            mine = [given[i] for i in bucket.indices] if error is None else None
             bucket.load(mine)
             averaged = self._engine.run(bucket.buffer, bucket.keys)
-            bucket.store(averaged, mine)
+            if not self._transport.queued and averaged[:1].isnan().any():
+                self._raise_together(error)
+            if mine is not None:
+                bucket.store(averaged, mine)
+        if error is not None:
+            raise error
+        return given
+
+    def _raise_together(self, error: Exception | None) -> None:
+        """Raises on every rank what any rank refused. A collective; averages are alike."""
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        texts: list[str | None] = [None] * self._group.size()
+        with current(self._device):
+            dist.all_gather_object(texts, text, group=self._group)
+        if error is not None:
+            raise error
+        for rank, theirs in enumerate(texts):
+            if theirs is not None:
+                raise ValueError(f"arc_topk: all_reduce_() failed on rank {rank}: {theirs}")
 
     def plan(self) -> Plan:
         """What is done with each tensor, and the bytes of a compressed step."""
         named = [(str(i), key) for i, key in enumerate(self._keys)]
-        return make_plan(self.config, named, dist.get_world_size(self._group))
+        return make_plan(self.config, named, self._group.size(), self._transport.name)
 
     def metrics(self) -> dict[str, Any]:
         """As `State.metrics`."""
-        metrics: dict[str, Any] = self._engine.metrics()
-        return metrics
+        return {**self._engine.metrics(), "transport": self._transport.name}
 
     def reset_metrics(self) -> None:
         """As `State.reset_metrics`."""
         self._engine.reset_metrics()
 
-    def _check(self, tensors: Sequence[torch.Tensor]) -> None:
-        if len(tensors) != len(self._keys):
-            raise ValueError(f"tensors has {len(tensors)} tensors; expected {len(self._keys)}")
-        for i, (tensor, key) in enumerate(zip(tensors, self._keys, strict=True)):
-            if tensor.shape != key.shape or tensor.dtype != key.dtype:
-                raise ValueError(
-                    f"tensors[{i}] is {tensor.dtype} of shape {tuple(tensor.shape)}; expected "
-                    f"{key.dtype} of shape {tuple(key.shape)}"
-                )
+    def _checked(
+        self, tensors: Iterable[torch.Tensor | None], none_as_zero: bool
+    ) -> list[torch.Tensor]:
+        """``tensors`` as a list, with zeros for None where that is wanted."""
+        given = list(tensors)
+        if len(given) != len(self._keys):
+            raise ValueError(f"tensors has {len(given)} tensors; expected {len(self._keys)}")
+        return [self._checked_one(i, t, none_as_zero) for i, t in enumerate(given)]
+
+    def _checked_one(self, i: int, tensor: torch.Tensor | None, none_as_zero: bool) -> torch.Tensor:
+        key = self._keys[i]
+        if tensor is None and none_as_zero:
+            return torch.zeros_like(key, device=self._device)
+        if tensor is None:
+            raise ValueError(
+                f"tensors[{i}] is None; expected a tensor: a parameter that this rank did not use "
+                "has no gradient, none_as_zero=True counts it as zeros"
+            )
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"tensors[{i}] is a {type(tensor).__name__}; expected a tensor")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"tensors[{i}] is sparse ({tensor.layout}); expected a dense tensor")
+        if tensor.shape != key.shape or tensor.dtype != key.dtype:
+            raise ValueError(
+                f"tensors[{i}] is {tensor.dtype} of shape {tuple(tensor.shape)}; expected "
+                f"{key.dtype} of shape {tuple(key.shape)}"
+            )
+        if tensor.device != self._device:
+            raise ValueError(
+                f"tensors[{i}] is on device '{tensor.device}'; expected '{self._device}'"
+            )
+        return tensor
 
 
-def _check_devices(tensors: Sequence[torch.Tensor]) -> None:
-    for i, tensor in enumerate(tensors):
-        error = unservable(f"tensors[{i}]", tensor.device)
+def _servable(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """``tensors`` as a list, all of which can be served."""
+    given = list(tensors)
+    for i, tensor in enumerate(given):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"tensors[{i}] is a {type(tensor).__name__}; expected a tensor")
+        if tensor.device != given[0].device:
+            raise on_two_devices(f"tensors[{i}]", tensor, given[0])
+        error = unservable(f"tensors[{i}]", tensor)
         if error is not None:
             raise error
-        if tensor.device != tensors[0].device:
-            raise ValueError(
-                f"tensors[{i}] is on device '{tensor.device}', tensors[0] on "
-                f"'{tensors[0].device}'; expected all tensors on one device"
-            )
+    return given
 
 
 class _FlatBucket:
@@ -138,7 +215,11 @@ class _FlatBucket:
         self.buffer = torch.zeros(numel, dtype=dtype, device=device)
         self._views = self._slice(self.buffer)
 
-    def load(self, tensors: list[torch.Tensor]) -> None:
+    def load(self, tensors: list[torch.Tensor] | None) -> None:
+        """None: NaN."""
+        if tensors is None:
+            self.buffer.fill_(float("nan"))
+            return
         torch._foreach_copy_(self._views, [t.detach() for t in tensors])
 
     def store(self, averaged: torch.Tensor, tensors: list[torch.Tensor]) -> None:

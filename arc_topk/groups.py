@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,30 @@ from arc_topk.comm_group import comm_group
 QUEUEING = ("nccl",)
 # Those that are known to make the host wait.
 WAITING = ("gloo", "mpi", "ucc")
+
+DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def only_group() -> dist.ProcessGroup:
+    """The default group, where there is no other that a DDP instance could be on.
+
+    Raises:
+        RuntimeError: there is none.
+        ValueError: this rank is also in a group of other ranks.
+    """
+    world = dist.group.WORLD
+    if world is None:
+        raise RuntimeError("arc_topk: no process group; call init_process_group() first")
+    everyone = dist.get_process_group_ranks(world)
+    for members in dist.distributed_c10d._world.pg_group_ranks.values():
+        if sorted(members) != everyone:
+            raise ValueError(
+                "arc_topk: the State is not bound, and there is more than one process group "
+                f"(the default one and one of the ranks {', '.join(map(str, sorted(members)))}): "
+                "whose gradients are averaged? Call state.bind(ddp), or make it with "
+                "State(..., process_group=...)"
+            )
+    return world
 
 
 @dataclass(frozen=True)
@@ -41,13 +67,12 @@ def transport_of(group: dist.ProcessGroup, device: torch.device) -> Transport:
     A backend of another name than those that are known goes the safe way: its collectives may wait
     or not, so the engine's go over a Gloo group. A warning says so.
     """
-    kind = torch.device(device.type)
+    backend = _backend_of(group, device)
     staged = "gloo" if device.type == "cpu" else "gloo, staged through the host"
-    if kind not in group._device_types:
-        return Transport(staged, False, datetime.timedelta(minutes=30))
-    backend = group._get_backend(kind)
+    if backend is None:
+        return Transport(staged, False, timeout_of(group))
     name = str(backend.name()).lower()
-    timeout: datetime.timedelta = backend.options._timeout
+    timeout = _timeout_of(backend)
     if device.type != "cpu" and name.startswith(QUEUEING):
         return Transport(name, True, timeout)
     if device.type != "cpu" and not name.startswith(WAITING):
@@ -61,6 +86,38 @@ def transport_of(group: dist.ProcessGroup, device: torch.device) -> Transport:
     return Transport(staged, False, timeout)
 
 
+def own_transport(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    """The transport of collectives on ``group`` itself, whatever its backend."""
+    backend = _backend_of(group, device)
+    if backend is None:
+        return Transport("none", False, DEFAULT_TIMEOUT)
+    name = str(backend.name()).lower()
+    queued = device.type != "cpu" and name.startswith(QUEUEING)
+    staged = device.type != "cpu" and name == "gloo"
+    return Transport(
+        f"{name}, staged through the host" if staged else name, queued, _timeout_of(backend)
+    )
+
+
+def _backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
+    kind = torch.device(device.type)
+    return group._get_backend(kind) if kind in group._device_types else None
+
+
+def timeout_of(group: dist.ProcessGroup) -> datetime.timedelta:
+    """The shortest of the group's backends; torch's default where none tells."""
+    timeouts = [_timeout_of(group._get_backend(kind)) for kind in group._device_types]
+    return min(timeouts, default=DEFAULT_TIMEOUT)
+
+
+def _timeout_of(backend: Any) -> datetime.timedelta:
+    try:
+        timeout: datetime.timedelta = backend.options._timeout
+    except (AttributeError, RuntimeError):  # backends of other makers need not have any
+        return DEFAULT_TIMEOUT
+    return timeout
+
+
 def comm_group_for(
     group: dist.ProcessGroup, transport: Transport, token: str
 ) -> dist.ProcessGroup | None:
@@ -70,3 +127,10 @@ def comm_group_for(
     them on ``group`` itself, in the order of the buckets.
     """
     return None if transport.queued else comm_group(group, transport.timeout, token)
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Makes a GPU the current one: torch's collectives of objects put theirs there."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()

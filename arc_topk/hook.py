@@ -4,53 +4,68 @@ from typing import Any
 
 import torch
 from torch._C._distributed_c10d import GradBucket
-from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Unpack
 
 from arc_topk import _C
-from arc_topk.checks import check_hookable, not_ddp
-from arc_topk.config import Config
+from arc_topk.accumulation import warn_of_accumulation
+from arc_topk.checks import check_hookable, ddp_in
+from arc_topk.config import Config, Fields
 from arc_topk.state import State, bind_together
 
 
-def register(ddp: DistributedDataParallel, config: Config | None = None, **fields: Any) -> State:
+def register(
+    ddp: torch.nn.Module,
+    config: Config | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    **fields: Unpack[Fields],
+) -> State:
     """Registers compression on ``ddp``: its gradients are averaged by it from the next backward on.
 
     The native form: the hook is C++ and never takes the GIL. A collective: call it on every rank,
-    after wrapping the model and before the first backward pass::
+    after wrapping the model; before its first backward pass or, where plain averaging went before,
+    between two::
 
         ddp = DistributedDataParallel(model)
         state = arc_topk.register(ddp, ratio=0.1)
 
     Args:
-        ddp: the wrapped model.
+        ddp: the wrapped model: a DistributedDataParallel, or a module around one as torch.compile
+            and Lightning Fabric make them.
         config: how gradients are averaged; or give its fields as keywords.
+        optimizer: it warns once where several synchronised backward passes make one of its steps,
+            which EF21 and EF21M cannot add up. Nothing else is done with it.
         **fields: fields of `Config`, instead of ``config``.
 
     Returns:
         The state: `State.plan` shows what is compressed, `State.metrics` what it costs.
 
     Raises:
-        TypeError: ``ddp`` is not a DistributedDataParallel, or a field has a wrong type.
+        TypeError: there is no DistributedDataParallel in ``ddp`` or more than one; a field has a
+            wrong type, or is none of `Config`'s.
         ValueError: a field's value is wrong, ``ddp`` cannot be served (it has a hook already, mixed
             precision, the Python reducer, an optimizer in backward, sparse or complex parameters),
             or ranks differ: on every rank, whichever rank it happened on.
+        RuntimeError: a rank has not called it within a minute, or within the process group's
+            time-out if that is shorter; names it. Then it may be called again.
     """
+    wrapped = ddp_in(ddp)
     state: State | None = None
     error: Exception | None = None
     try:
         state = State(config, **fields)
-        check_hookable(ddp)
+        check_hookable(wrapped)
     except (TypeError, ValueError) as found:
         error = found  # shared with the other ranks by bind_together(), which raises it
-    if not isinstance(ddp, DistributedDataParallel):
-        raise not_ddp(ddp)
-    state = bind_together(state, ddp, error)
+    state = bind_together(state, wrapped, error, "arc_topk.register(ddp)")
     engine = state._engine
     assert engine is not None  # bind_together() has made it
-    if ddp.logger is not None:
-        ddp.logger._set_comm_hook_name(arc_topk_hook.__qualname__)
-    ddp._comm_hooks.append((arc_topk_hook, state))
-    _C.register_comm_hook(ddp.reducer, engine)
+    if wrapped.logger is not None:
+        wrapped.logger._set_comm_hook_name(arc_topk_hook.__qualname__)
+    wrapped._comm_hooks[:] = [(arc_topk_hook, state)]
+    _C.register_comm_hook(wrapped.reducer, engine)
+    if optimizer is not None:
+        warn_of_accumulation(state, optimizer)
     return state
 
 

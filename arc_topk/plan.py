@@ -44,9 +44,11 @@ class Plan:
 
     Attributes:
         rows: one a tensor, in the order of the model's parameters.
+        transport: what payloads travel over, as in `State.metrics`; empty where nobody has told.
     """
 
     rows: tuple[PlanRow, ...]
+    transport: str = ""
 
     @property
     def wire_bytes(self) -> int:
@@ -74,13 +76,15 @@ class Plan:
         totals = [f"{n:,}" for n in (self.wire_bytes, self.dense_bytes, self.state_bytes)]
         share = self.wire_bytes / self.dense_bytes if self.dense_bytes else 1.0
         lines.append(["total", "", "", *totals, f"wire/dense {share:.3f}"])
-        return _aligned(lines)
+        over = [f"payloads travel over {self.transport}"] if self.transport else []
+        return "\n".join([_aligned(lines), *over])
 
 
 def make_plan(
     config: Config,
     tensors: Iterable[tuple[str, torch.Tensor]],
     world_size: int,
+    transport: str = "",
 ) -> Plan:
     """The plan for named tensors: their shapes, strides and dtypes are used, not their values."""
     native = config.native()
@@ -95,7 +99,7 @@ def make_plan(
                 name, tuple(tensor.shape), tensor.dtype, view, kept or None, wire, dense, state, why
             )
         )
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), transport)
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Unpack
 
 from arc_topk import _C
+from arc_topk.accumulation import warn_of_accumulation
 from arc_topk.agreement import agree, describe_tensors
-from arc_topk.checks import not_ddp, unservable_parameter
-from arc_topk.config import Config, config_from
-from arc_topk.groups import Transport, comm_group_for, transport_of
+from arc_topk.checks import ddp_in, unservable_parameter
+from arc_topk.config import Config, Fields, config_from
+from arc_topk.groups import Transport, comm_group_for, current, only_group, timeout_of, transport_of
+from arc_topk.meeting import WAIT
 from arc_topk.plan import Plan, make_plan
 
 
@@ -46,7 +49,7 @@ class State:
         config: Config | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
-        **fields: Any,
+        **fields: Unpack[Fields],
     ) -> None:
         self.config = config_from(config, fields)
         self._group = process_group
@@ -55,7 +58,20 @@ class State:
         self._engine: _C.Exchange | None = None
         self._transport: Transport | None = None
 
-    def bind(self, ddp: DistributedDataParallel) -> "State":
+    def __repr__(self) -> str:
+        config = self.config
+        what = f"{config.compressor}, {config.feedback}, ratio={config.ratio:g}"
+        if self._group is None or self._transport is None or self._engine is None:
+            return f"<arc_topk.State: {what}; not bound yet>"
+        parameters = f"{len(self._named)} parameters, " if self._named is not None else ""
+        return (
+            f"<arc_topk.State: {what}; {parameters}{self._group.size()} ranks over "
+            f"{self._transport.name}, {self._steps()} steps>"
+        )
+
+    def bind(
+        self, ddp: torch.nn.Module, *, optimizer: torch.optim.Optimizer | None = None
+    ) -> "State":
         """Takes parameter names and process group from ``ddp``, and compares all ranks.
 
         A collective: every rank must call it, before the first backward pass. A state that was used
@@ -65,17 +81,22 @@ class State:
         EF21 and EF21M begin with a dense step again; residuals of EF14 are kept as they are.
 
         Args:
-            ddp: the wrapped model.
+            ddp: the wrapped model, as for `register`.
+            optimizer: as for `register`.
 
         Returns:
             Itself.
 
         Raises:
-            TypeError: ``ddp`` is not a DistributedDataParallel.
+            TypeError: there is no DistributedDataParallel in ``ddp``, or more than one.
             ValueError: on every rank, if a parameter cannot be served, the state is of another
                 model or another number of ranks, or ranks differ.
+            RuntimeError: a rank has not called it within a minute (for a state that was used: the
+                process group's time-out); names it. Then it may be called again.
         """
-        bind_together(self, ddp, None)
+        bind_together(self, ddp_in(ddp), None, "State.bind(ddp)")
+        if optimizer is not None:
+            warn_of_accumulation(self, optimizer)
         return self
 
     def plan(self) -> Plan:
@@ -88,7 +109,9 @@ class State:
             raise RuntimeError(
                 "State.plan() needs the parameters: call state.bind(ddp) or use register(ddp)"
             )
-        return make_plan(self.config, self._named, dist.get_world_size(self._group))
+        assert self._transport is not None
+        world_size = dist.get_world_size(self._group)
+        return make_plan(self.config, self._named, world_size, self._transport.name)
 
     def metrics(self) -> dict[str, Any]:
         """Sums over this rank's steps since the beginning or `reset_metrics`.
@@ -109,6 +132,9 @@ class State:
         assert self._transport is not None
         return {**self._engine.metrics(), "transport": self._transport.name}
 
+    def _steps(self) -> int:
+        return 0 if self._engine is None else self._engine.steps
+
     def reset_metrics(self) -> None:
         """Sets the sums of `metrics` to zero; the error feedback stays."""
         if self._engine is not None:
@@ -117,10 +143,16 @@ class State:
     def _ensure_engine(self, device: torch.device) -> _C.Exchange:
         """The engine; made at the first bucket where nobody bound the state before."""
         if self._engine is None:
-            group = self._group if self._group is not None else dist.group.WORLD
-            if group is None:
-                raise RuntimeError("arc_topk: no process group; call init_process_group() first")
-            agree(self.config, [], None, group)
+            group = self._group if self._group is not None else only_group()
+            agree(
+                self.config,
+                [],
+                None,
+                group,
+                call="the first bucket of a State that is not bound",
+                wait=timeout_of(group),
+                device=device,
+            )
             self._go_on(group, device, [])
         assert self._engine is not None
         return self._engine
@@ -135,7 +167,8 @@ class State:
         """Stops the engine, if there is one, and goes on over ``group``. A collective."""
         mine = self._stand()
         ranks: list[_Stand] = [mine] * group.size()
-        dist.all_gather_object(ranks, mine, group=group)
+        with current(device):
+            dist.all_gather_object(ranks, mine, group=group)
         together = all(rank.is_with(ranks[0]) for rank in ranks) and not ranks[0].failed
         moved = mine.group not in (None, _members(group))
         self._group = group
@@ -207,11 +240,12 @@ def _members(group: dist.ProcessGroup) -> tuple[int, ...]:
 
 
 def bind_together(
-    state: State | None, ddp: DistributedDataParallel, error: Exception | None
+    state: State | None, ddp: DistributedDataParallel, error: Exception | None, call: str
 ) -> State:
-    """Compares the ranks, all of them or none; then gives the state its names, group and engine."""
-    if not isinstance(ddp, DistributedDataParallel):
-        raise not_ddp(ddp)
+    """Compares the ranks, all of them or none; then gives the state its names, group and engine.
+
+    ``call``: what the user has called, for messages.
+    """
     # Frozen ones have a place too: they may have been trained before, or be later.
     every = [
         (name, parameter)
@@ -222,11 +256,16 @@ def bind_together(
     error = error or unservable_parameter(ddp, named)
     if error is None and state is not None:
         error = _unbindable(state, ddp, every)
-    agree(state.config if state else None, describe_tensors(named), error, ddp.process_group)
+    group, device = ddp.process_group, ddp.device
+    wait = timeout_of(group)
+    if state is None or state._engine is None:  # a used one may come out of a step that failed
+        wait = min(wait, WAIT)
+    config = state.config if state else None
+    agree(config, describe_tensors(named), error, group, call=call, wait=wait, device=device)
     assert state is not None  # else there was an error
     # With these DDP throws away what parameters get that no rank has used.
     may_be_unused = ddp.find_unused_parameters or ddp.static_graph
-    state._go_on(ddp.process_group, ddp.device, every, may_be_unused)
+    state._go_on(group, device, every, may_be_unused)
     state._named = [(name, torch.empty_like(p, device="meta")) for name, p in named]
     return state
 

@@ -141,7 +141,8 @@ PYBIND11_MODULE(_C, module) {
           },
           py::arg("group"), py::arg("comm_group"), py::arg("exchanges"), py::arg("afresh"))
       .def("metrics", [](const Exchange& exchange) { return as_dict(exchange.metrics()); })
-      .def("reset_metrics", &Exchange::reset_metrics);
+      .def("reset_metrics", &Exchange::reset_metrics)
+      .def_property_readonly("steps", &Exchange::steps);
 
   module.def(
       "register_comm_hook",

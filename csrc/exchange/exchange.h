@@ -52,6 +52,8 @@ class Exchange {
   // Reads back what devices have summed up: waits for them. From any thread.
   Metrics metrics() const;
   void reset_metrics();
+  // metrics().steps, which waits for nothing.
+  uint64_t steps() const { return shared_.metrics.read().steps; }
 
  private:
   // One thread at a time, or an error.

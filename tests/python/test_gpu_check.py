@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 import arc_topk
-import arc_topk.device
+import arc_topk.servable
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
@@ -168,7 +168,7 @@ def test_a_gpu_that_cannot_run_the_kernels_is_refused(
     asked = []
     monkeypatch.setattr(arc_topk._C, "build_info", lambda: {"cuda": {}})
     monkeypatch.setattr(arc_topk._C, "why_unusable", lambda index: asked.append(index) or why)
-    error = arc_topk.device.unservable("parameter 'w'", torch.device("cuda", 3))
+    error = arc_topk.servable._unservable_device("parameter 'w'", torch.device("cuda", 3))
     assert asked == [3]
     assert (
         str(error) == f"parameter 'w' is on a GPU that cannot be used, 'cuda:3': {why}"
