@@ -31,9 +31,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from compare import make_contestant, verify_kept_rows
+from contestants import make_contestant
 from floor import floor_bytes
 from torch import Tensor
+from verification import verify_kept_rows
 from workload import Workload, squares
 
 WARM_UP = 4
@@ -68,7 +69,7 @@ def bandwidth(a: Tensor, b: Tensor, c: Tensor) -> float:
 
 
 def verify(workload: Workload, feedback: str, ratio: float) -> None:
-    """Raises `compare.WrongResultError` where a hook to be timed is not what its equations say."""
+    """Raises `WrongResultError` where a hook to be timed is not what its equations say."""
     for name in (*ENGINES, "python"):
         fresh = make_contestant(name, workload, feedback, ratio)
         verify_kept_rows(fresh, workload, feedback, ratio)

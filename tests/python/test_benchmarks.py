@@ -20,7 +20,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import compare  # noqa: E402
+import contestants  # noqa: E402
 import gpu  # noqa: E402
+import timing  # noqa: E402
+import verification  # noqa: E402
 import workload  # noqa: E402
 from floor import floor_bytes  # noqa: E402
 
@@ -50,7 +53,7 @@ def test_tiny_run(tmp_path: Path) -> None:
         assert row["hook"] in report["text"]
     for name in ("arc_topk", "rand_k", "top_k"):
         row = rows[name]
-        assert set(compare.COMPUTE) < row["phases_ms"].keys()
+        assert set(timing.COMPUTE) < row["phases_ms"].keys()
         assert 0 < row["compute_ms"]["median"] <= row["ms"]["max"]
         assert row["over_floor"]["median"] > 0
         assert row["times_faster_than_python"]["median"] > 0
@@ -60,14 +63,14 @@ def test_tiny_run(tmp_path: Path) -> None:
 def test_tiny_run_of_two_ranks(tmp_path: Path) -> None:
     report = run(tmp_path, "--ranks", "2", "--numel", "20000", "--repeat", "2", "--ratios", "0.2")
     rows = [row for row in report["results"] if row["feedback"] == "ef14"]
-    assert [row["hook"] for row in rows] == ["DDP", *compare.COMPRESSORS, "python"]
+    assert [row["hook"] for row in rows] == ["DDP", *contestants.COMPRESSORS, "python"]
     assert all(row["times_faster_than_DDP"]["median"] > 0 for row in rows[1:])
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[workload.Workload]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield workload.Workload(compare.SMALL, torch.float32)
+    yield workload.Workload(verification.SMALL, torch.float32)
     dist.destroy_process_group()
 
 
@@ -76,30 +79,30 @@ def small(tmp_path: Path) -> Iterator[workload.Workload]:
 def test_verification_notices_wrong_results(
     small: workload.Workload, name: str, feedback: str
 ) -> None:
-    def make(spoil: Any = None) -> compare.Contestant:
-        contestant = compare.make_contestant(name, small, feedback, 0.2)
+    def make(spoil: Any = None) -> contestants.Contestant:
+        contestant = contestants.make_contestant(name, small, feedback, 0.2)
         hook = contestant.hook
         if spoil is not None:
             contestant.hook = lambda state, bucket: hook(state, bucket).then(spoil)
         return contestant
 
     def one_value_too_large(future: torch.futures.Future[Any]) -> torch.Tensor:
-        result = compare.tensor_of(future.value()).clone()
+        result = contestants.tensor_of(future.value()).clone()
         result[result.abs().argmax()] *= 1.01
         return result
 
     def everything_kept(future: torch.futures.Future[Any]) -> torch.Tensor:
-        return compare.tensor_of(future.value()) + 1
+        return contestants.tensor_of(future.value()) + 1
 
-    compare.verify_kept_rows(make(), small, feedback, 0.2)
+    verification.verify_kept_rows(make(), small, feedback, 0.2)
     for spoil in (one_value_too_large, everything_kept):
-        with pytest.raises(compare.WrongResultError, match=name):
-            compare.verify_kept_rows(make(spoil), small, feedback, 0.2)
+        with pytest.raises(verification.WrongResultError, match=name):
+            verification.verify_kept_rows(make(spoil), small, feedback, 0.2)
     if name == "python":
         return
-    compare.verify_against_oracle(make(), small)
-    with pytest.raises(compare.WrongResultError, match=f"{name}, step 0, tensor"):
-        compare.verify_against_oracle(make(one_value_too_large), small)
+    verification.verify_against_oracle(make(), small)
+    with pytest.raises(verification.WrongResultError, match=f"{name}, step 0, tensor"):
+        verification.verify_against_oracle(make(one_value_too_large), small)
 
 
 def test_what_the_gpu_benchmark_does_before_it_times(
@@ -108,18 +111,18 @@ def test_what_the_gpu_benchmark_does_before_it_times(
     """All of it but CUDA's clock: its verification, and the time of a hook call."""
     gpu.verify(small, "ef21m", 0.2)
     assert 0 < gpu.host_microseconds(30, "cpu", calls=3) < 1e6
-    made = compare.make_contestant
+    made = contestants.make_contestant
 
-    def spoiled(name: str, *args: Any) -> compare.Contestant:
+    def spoiled(name: str, *args: Any) -> contestants.Contestant:
         contestant = made(name, *args)
         hook = contestant.hook
         contestant.hook = lambda state, bucket: hook(state, bucket).then(
-            lambda future: compare.tensor_of(future.value()) + 1
+            lambda future: contestants.tensor_of(future.value()) + 1
         )
         return contestant
 
     monkeypatch.setattr(gpu, "make_contestant", spoiled)
-    with pytest.raises(compare.WrongResultError, match="arc_topk"):
+    with pytest.raises(verification.WrongResultError, match="arc_topk"):
         gpu.verify(small, "ef21m", 0.2)
 
 

@@ -57,11 +57,15 @@ def test_a_copy_is_complete(tmp_path):
     done = pip_install(tmp_path, "--no-build-isolation")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "arc_topk" / "py.typed").exists()
-    done = import_from(
-        tmp_path, "import arc_topk; from arc_topk import _C; print(arc_topk.__file__, _C.__file__)"
-    )
-    files = done.stdout.split()
-    assert [Path(file).parent for file in files] == [tmp_path / "arc_topk"] * 2, done.stderr
+    code = """
+import arc_topk
+from arc_topk import _C, reference
+print(arc_topk.__file__, _C.__file__, reference.__file__)
+"""
+    done = import_from(tmp_path, code)
+    folder = tmp_path / "arc_topk"
+    folders = [Path(file).parent for file in done.stdout.split()]
+    assert folders == [folder, folder, folder / "reference"], done.stderr
 
 
 def test_an_isolated_build_names_the_right_command(tmp_path):

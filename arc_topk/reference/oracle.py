@@ -1,0 +1,248 @@
+"""The oracle: all of it together, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from arc_topk.reference.compressors import Compressed, arc_topk, dense, rand_k, top_k
+from arc_topk.reference.feedback import FEEDBACKS
+from arc_topk.reference.layout import flatten, unflatten
+from arc_topk.reference.plan import Types, plan_view
+from arc_topk.reference.random_numbers import projection, rand_k_keys
+from arc_topk.reference.wire import Wire
+
+# Rows (ARC-Top-K, Rand-K), element indices of each rank (Top-K), or the oracle's own choice.
+Selection: TypeAlias = Any
+
+
+@dataclass
+class Result:
+    """One tensor's result of one step.
+
+    Attributes:
+        output: what DDP gets on every rank: shape, strides and dtype of the gradient.
+        kind: "dense", "compressed", "unused" (zero on every rank), "non-finite" (compressed tensors
+            only; the result is NaN everywhere).
+        compressed: the compressor's result where kind is "compressed".
+    """
+
+    output: Tensor
+    kind: str
+    compressed: Compressed | None = None
+
+
+class Oracle:
+    """The tensors of one bucket on all N ranks, over the steps.
+
+    Args:
+        layouts: of each tensor a shape, or a tensor whose shape and strides count.
+        dtype: of the gradients.
+        world_size: N.
+        compressor: "dense", "arc_topk", "rand_k", "top_k".
+        feedback: "none", "ef14", "ef21", "ef21m".
+        ratio, sketch_dim, row_width, eta, start_step, wire_dtype, state_dtype, seed: as in the
+            package's configuration; eta None means 0.1.
+        may_be_unused: a gradient that is zero on every rank stands for none, as DDP makes it for
+            parameters that nobody used: no state changes, and the result is zero.
+        streams: of each tensor the number that tells its Rand-K keys apart; None: 0, 1, 2, ...
+
+    Attributes:
+        steps: exchanges so far; the coming step's V is the one of this number.
+        started: False until the dense first step of EF21 and EF21M was made.
+        views: how each tensor is seen.
+        states: `states[i][t]` is the `Feedback` of tensor t on rank i, flat and in memory order. A
+            dense tensor needs state only under EF21M, and only `h`.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[Tensor | Sequence[int]],
+        dtype: torch.dtype,
+        world_size: int,
+        *,
+        compressor: str = "arc_topk",
+        feedback: str = "ef14",
+        ratio: float = 0.1,
+        sketch_dim: int = 4,
+        row_width: int | None = None,
+        eta: float | None = None,
+        start_step: int = 0,
+        wire_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        may_be_unused: bool = False,
+        streams: Sequence[int] | None = None,
+    ) -> None:
+        if eta is not None and feedback != "ef21m":
+            raise ValueError(f"eta: expected None with feedback={feedback!r}, got {eta}")
+        self.layouts = [
+            t if isinstance(t, Tensor) else torch.empty(tuple(t), device="meta") for t in layouts
+        ]
+        self.world_size = world_size
+        self.types = Types.of(dtype, wire_dtype, state_dtype, compressor)
+        self.compressor, self.feedback = compressor, feedback
+        self.sketch_dim, self.start_step, self.seed = sketch_dim, start_step, seed
+        self.eta = 0.1 if eta is None else eta
+        self.may_be_unused = may_be_unused
+        self.streams = list(range(len(self.layouts))) if streams is None else list(streams)
+        self.views = [
+            plan_view(t, self.types, world_size, compressor, ratio, sketch_dim, row_width)
+            for t in self.layouts
+        ]
+        kind = FEEDBACKS[feedback]
+        self.states = [
+            [kind(v.numel, self.types.work, self.types.state, self.eta) for v in self.views]
+            for _ in range(world_size)
+        ]
+        self.steps = 0
+        self.started = not kind.dense_start
+
+    # -- what the tests look at --------------------------------------------------------------------
+
+    def state(self, name: str, rank: int, tensor: int) -> Tensor:
+        """State "e", "t", "v", "h_i" or "h", in the shape and strides of the tensor."""
+        return unflatten(getattr(self.states[rank][tensor], name), self.layouts[tensor])
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes a rank hands to the collective in a step of plain averaging."""
+        return sum(v.numel for v in self.views) * self.types.gradient.itemsize
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes a rank hands to the collectives in a compressed step, flags included."""
+        return sum(v.wire_bytes for v in self.views)
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def step(
+        self,
+        gradients: Sequence[Sequence[Tensor]],
+        selected: Sequence[Selection] | None = None,
+        rtol: float = 1e-5,
+    ) -> list[Result]:
+        """One exchange of all tensors.
+
+        Args:
+            gradients: `gradients[i][t]`, the gradient of tensor t on rank i.
+            selected: what another implementation selected, per tensor: rows (ARC-Top-K, Rand-K),
+                element indices of each rank (Top-K), or None. It is checked, then used.
+            rtol: rounding within which `selected` may differ.
+
+        Returns:
+            A `Result` a tensor.
+
+        Raises:
+            ValueError: `selected` is not a valid top K within rounding.
+        """
+        by_tensor = [
+            [flatten(own[t], layout).to(self.types.work) for own in gradients]
+            for t, layout in enumerate(self.layouts)
+        ]
+        step, self.steps = self.steps, self.steps + 1
+        if step < self.start_step:
+            return [self._result(t, self._plain_mean(g), "dense") for t, g in enumerate(by_tensor)]
+        if not self.started:
+            return self._dense_start(by_tensor)
+        all_dense = not any(v.compressed for v in self.views)
+        in_place = all_dense and self.types.dense == self.types.gradient
+        wire = Wire(self.types.dense, self.world_size, self.types.work, self._sums)
+        results = []
+        for t, g in enumerate(by_tensor):
+            if self.views[t].compressed:
+                choice = None if selected is None else selected[t]
+                results.append(self._compressed_step(t, g, step, choice, rtol))
+            else:
+                mean = self._plain_mean(g) if in_place else dense(g, wire).mean
+                results.append(self._dense_step(t, mean))
+        return results
+
+    @property
+    def _sums(self) -> bool:
+        """Whether values are summed on their way; Top-K's are gathered."""
+        return self.compressor != "top_k"
+
+    def _plain_mean(self, g: list[Tensor]) -> Tensor:
+        """What DDP itself would do: divide by N, then sum, in the gradient's type."""
+        parts = [(gi / self.world_size).to(self.types.gradient) for gi in g]
+        return torch.stack(parts).double().sum(dim=0).to(self.types.gradient).to(self.types.work)
+
+    def _result(
+        self, t: int, output: Tensor, kind: str, compressed: Compressed | None = None
+    ) -> Result:
+        flat = output.to(self.types.gradient)
+        return Result(unflatten(flat, self.layouts[t]), kind, compressed)
+
+    def _dense_start(self, by_tensor: list[list[Tensor]]) -> list[Result]:
+        """v_i = h_i = g_i, h = mean g; put off to the next step where a mean is not finite."""
+        means = [self._plain_mean(g) for g in by_tensor]
+        self.started = all(bool(mean.isfinite().all()) for mean in means)
+        outputs = means
+        if self.started:
+            for i, own in enumerate(self.states):
+                for state, g, mean in zip(own, by_tensor, means, strict=True):
+                    state.start(g[i], mean)
+            outputs = [s.output(mean) for s, mean in zip(self.states[0], means, strict=True)]
+        return [self._result(t, output, "dense") for t, output in enumerate(outputs)]
+
+    def _dense_step(self, t: int, mean: Tensor) -> Result:
+        """Mean g; under EF21M h = (1 - eta) h + eta mean g, its equations with C_i = X_i.
+
+        The mean itself tells what a flag tells of a compressed tensor.
+        """
+        if self.feedback != "ef21m":
+            return self._result(t, mean, "dense")
+        shared = self.states[0][t]
+        if self.may_be_unused and not mean.any():
+            return self._result(t, torch.zeros_like(mean), "unused")
+        h = shared.load("h") * (1 - self.eta) + mean * self.eta
+        if not h.isfinite().all():
+            return self._result(t, h, "non-finite")
+        for own in self.states:
+            own[t].store("h", h)
+        return self._result(t, shared.output(mean), "dense")
+
+    def _compressed_step(
+        self,
+        t: int,
+        g: list[Tensor],
+        step: int,
+        selected: Selection,
+        rtol: float,
+    ) -> Result:
+        states, view = [own[t] for own in self.states], self.views[t]
+        x = [state.prepare(gi) for state, gi in zip(states, g, strict=True)]
+        used = not self.may_be_unused or any(bool(gi.any()) for gi in g)
+        finite = all(bool(xi.isfinite().all()) for xi in x)
+        if not used or not finite:
+            for state, gi in zip(states, g, strict=True):
+                state.undo(gi)
+            zero = torch.zeros_like(g[0])
+            output = zero if finite else torch.full_like(zero, math.nan)
+            return self._result(t, output, "unused" if finite else "non-finite")
+
+        result = self._compress(t, [view.matrix(xi) for xi in x], step, selected, rtol)
+        mean = view.flat(result.mean)
+        for state, own in zip(states, result.own, strict=True):
+            state.sent(view.flat(own))
+            state.received(mean)
+        return self._result(t, states[0].output(mean), "compressed", result)
+
+    def _compress(
+        self, t: int, x: list[Tensor], step: int, selected: Selection, rtol: float
+    ) -> Compressed:
+        view = self.views[t]
+        wire = Wire(self.types.wire, self.world_size, self.types.work, self._sums)
+        if self.compressor == "arc_topk":
+            v = projection(self.seed, step, view.n, self.sketch_dim)
+            return arc_topk(x, v, view.k, wire, selected, rtol)
+        if self.compressor == "rand_k":
+            keys = rand_k_keys(self.seed, step, self.streams[t], view.m)
+            return rand_k(x, keys, view.k, wire, selected)
+        return top_k(x, view.k, wire, selected, rtol)
