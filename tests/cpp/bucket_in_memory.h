@@ -8,6 +8,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -87,6 +88,9 @@ inline void set(DType type, void* array, int64_t i, double x) {
 // --- the bucket
 // -------------------------------------------------------------------------------------
 
+inline constexpr FeedbackKind kAllFeedback[] = {FeedbackKind::kNone, FeedbackKind::kEF14,
+                                                FeedbackKind::kEF21, FeedbackKind::kEF21M};
+
 struct Tensor {
   int64_t numel;
   int64_t cols = 1;
@@ -108,6 +112,18 @@ struct BucketSpec {
   bool may_be_unused = true;
   bool result_in_gradient = false;
 };
+
+inline std::string describe(const BucketSpec& s) {
+  const auto name = [](DType type) {
+    return type == DType::kF32    ? "f32"
+           : type == DType::kF64  ? "f64"
+           : type == DType::kBF16 ? "bf16"
+                                  : "f16";
+  };
+  return "feedback " + std::to_string(static_cast<int>(s.feedback)) + ", gradient " +
+         name(s.gradient) + ", state " + name(s.state) + ", wire " + name(s.wire) + ", r " +
+         std::to_string(s.sketch_dim);
+}
 
 class BucketInMemory {
  public:

@@ -50,18 +50,6 @@ double CudaBucket::estimate(int64_t i) const {
   return shared(i);
 }
 
-std::string describe(const BucketSpec& s) {
-  const auto name = [](DType type) {
-    return type == DType::kF32    ? "f32"
-           : type == DType::kF64  ? "f64"
-           : type == DType::kBF16 ? "bf16"
-                                  : "f16";
-  };
-  return "feedback " + std::to_string(static_cast<int>(s.feedback)) + ", gradient " +
-         name(s.gradient) + ", state " + name(s.state) + ", wire " + name(s.wire) + ", r " +
-         std::to_string(s.sketch_dim);
-}
-
 Pair::Pair(const BucketSpec& spec, const Kernels& kernels)
     : kernels(kernels), host(spec, cpu_kernels()), cuda(spec) {
   host.projection();

@@ -5,7 +5,6 @@
 
 #include <functional>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "bucket_in_memory.h"
@@ -29,8 +28,6 @@ class CudaBucket : public BucketInMemory {
  private:
   std::vector<uint64_t> scratch_;
 };
-
-std::string describe(const BucketSpec& s);
 
 // Both backends on buckets of the same contents. The flags are told by themselves here: in
 // BucketInMemory they lie apart from the payloads.

@@ -20,6 +20,7 @@ using ::arc_topk::testing::BucketInMemory;
 using ::arc_topk::testing::BucketSpec;
 using ::arc_topk::testing::CudaBucket;
 using ::arc_topk::testing::describe;
+using ::arc_topk::testing::kAllFeedback;
 using ::arc_topk::testing::kernels_asked_for;
 using ::arc_topk::testing::kernels_on;
 using ::arc_topk::testing::Pair;
@@ -27,8 +28,6 @@ using ::arc_topk::testing::set_flags;
 using ::arc_topk::testing::Tensor;
 
 constexpr DType kF32 = DType::kF32, kF64 = DType::kF64, kBF16 = DType::kBF16, kF16 = DType::kF16;
-constexpr FeedbackKind kAllFeedback[] = {FeedbackKind::kNone, FeedbackKind::kEF14,
-                                         FeedbackKind::kEF21, FeedbackKind::kEF21M};
 
 // --- what runs the kernels -----------------------------------------------------------------------
 

@@ -4,10 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <functional>
 #include <string>
 #include <vector>
 
+#include "error_of.h"
 #include "exchange/exchange.h"
 #include "heap.h"
 #include "thread_group.h"
@@ -37,6 +37,7 @@ class CountingAllocator final : public c10::Allocator {
 namespace arc_topk {
 namespace {
 
+using ::arc_topk::testing::error_of;
 using ::arc_topk::testing::heap_allocations;
 using ::arc_topk::testing::on_ranks;
 using ::arc_topk::testing::ThreadGroup;
@@ -136,15 +137,6 @@ TEST(Exchange, RanksGetTheSameBits) {
       }
     }
   }
-}
-
-std::string error_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
 }
 
 TEST(Exchange, AFailureNamesItsPlaceAndLaterBucketsFailAtOnce) {

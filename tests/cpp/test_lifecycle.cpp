@@ -5,7 +5,6 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -13,11 +12,13 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
+#include "error_of.h"
 #include "exchange/exchange.h"
 
 namespace arc_topk {
 namespace {
 
+using ::arc_topk::testing::error_of;
 using std::chrono::steady_clock;
 using Future = c10::intrusive_ptr<c10::ivalue::Future>;
 
@@ -88,15 +89,6 @@ struct OneBucket {
   std::vector<at::Tensor> parameters;
   at::Tensor gradient;
 };
-
-std::string error_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
 
 void expect_contains(const std::string& text, const std::string& words) {
   EXPECT_NE(text.find(words), std::string::npos) << "'" << text << "' without '" << words << "'";
