@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 def warn_of_accumulation(state: State, optimizer: torch.optim.Optimizer) -> None:
     """Has ``optimizer`` warn, once, where several synchronised backwards make one of its steps.
 
-    Their averages add up in ``.grad`` to something else than the average of the sum: each of them
-    is the estimate h, which has not settled in between. EF14's add up.
+    DDP hands over the second one with what ``.grad`` holds already, so that the gradient seems to
+    jump between one backward and the next: EF21's estimate follows neither. EF14 owes what it has
+    not sent, whatever it was.
     """
     if state.config.feedback not in ("ef21", "ef21m"):
         return
@@ -33,8 +34,8 @@ def warn_of_accumulation(state: State, optimizer: torch.optim.Optimizer) -> None
         if steps > before + 1:
             warnings.warn(
                 f"arc_topk: {steps - before} synchronised backward passes made one optimizer step; "
-                f"with feedback='{state.config.feedback}' their averages do not add up to the "
-                "average of the sum. Put all but the last under ddp.no_sync(), or choose "
+                f"with feedback='{state.config.feedback}' what they add up to is not "
+                "the average of the sum. Put all but the last under ddp.no_sync(), or choose "
                 "feedback='ef14'",
                 stacklevel=4,
             )

@@ -57,7 +57,7 @@ def register(
         check_hookable(wrapped)
     except (TypeError, ValueError) as found:
         error = found  # shared with the other ranks by bind_together(), which raises it
-    state = bind_together(state, wrapped, error, "arc_topk.register(ddp)")
+    state = bind_together(state, wrapped, error, "register(ddp)")
     engine = state._engine
     assert engine is not None  # bind_together() has made it
     if wrapped.logger is not None:

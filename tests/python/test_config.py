@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import pickle
+import typing
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -55,6 +59,52 @@ def test_state_takes_a_config_or_its_fields() -> None:
         arc_topk.State(arc_topk.Config(), ratio=0.3)
     with pytest.raises(TypeError, match=r"0\.1.*float.*arc_topk\.Config"):
         arc_topk.State(0.1)  # type: ignore[arg-type]
+
+
+def test_an_unknown_field_is_told_the_known_ones() -> None:
+    with pytest.raises(TypeError) as raised:
+        arc_topk.State(ratios=0.3)  # type: ignore[call-arg]
+    text = str(raised.value)
+    assert "'ratios'" in text and "did you mean 'ratio'?" in text
+    for field in dataclasses.fields(arc_topk.Config):
+        assert field.name in text
+
+
+def test_signatures_show_the_fields() -> None:
+    """Editors and type checkers read them; one list, in one order."""
+    declared = typing.get_type_hints(arc_topk.config.Fields)
+    assert declared == typing.get_type_hints(arc_topk.Config)
+    for takes in (arc_topk.register, arc_topk.State.__init__, arc_topk.GradientExchange.__init__):
+        kwargs = inspect.signature(takes).parameters["fields"]
+        assert "Unpack" in str(kwargs.annotation) and "Fields" in str(kwargs.annotation)
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    config = arc_topk.Config(
+        ratio=numpy.float64(0.25),
+        sketch_dim=numpy.int64(8),
+        row_width=numpy.int32(16),
+        start_step=numpy.uint8(3),
+        seed=numpy.uint64(2**64 - 1),
+    )
+    assert config == arc_topk.Config(
+        ratio=0.25, sketch_dim=8, row_width=16, start_step=3, seed=2**64 - 1
+    )
+    assert repr(config) == repr(
+        arc_topk.Config(ratio=0.25, sketch_dim=8, row_width=16, start_step=3, seed=2**64 - 1)
+    )
+    assert config.native() is not None
+    for wrong in (numpy.bool_(True), numpy.float32(3.0), numpy.array([3])):
+        with pytest.raises(TypeError, match="sketch_dim"):
+            arc_topk.Config(sketch_dim=wrong)
+    with pytest.raises(ValueError, match="ratio is "):
+        arc_topk.Config(ratio=numpy.float32("nan"))
+
+
+def test_a_state_says_what_it_is() -> None:
+    assert repr(arc_topk.State(ratio=0.25)) == (
+        "<arc_topk.State: arc_topk, ef14, ratio=0.25; not bound yet>"
+    )
 
 
 def test_an_unused_state_is_pickled_as_its_config() -> None:

@@ -125,7 +125,7 @@ FEEDBACKS = ["none", "ef14", "ef21", "ef21m"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_every_choice_agrees_with_the_oracle(
