@@ -3,6 +3,7 @@
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cmath>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
@@ -70,8 +71,9 @@ py::dict as_dict(const Metrics& m) {
   dict["wire_bytes"] = m.wire_bytes;
   dict["dense_bytes"] = m.dense_bytes;
   dict["link_bytes"] = static_cast<uint64_t>(m.link_bytes);
-  dict["energy_captured"] = m.energy.total > 0 ? m.energy.captured / m.energy.total
-                                               : std::numeric_limits<double>::quiet_NaN();
+  const bool known = m.energy.total > 0 && std::isfinite(m.energy.total);
+  dict["energy_captured"] =
+      known ? m.energy.captured / m.energy.total : std::numeric_limits<double>::quiet_NaN();
   dict["seconds"] = seconds;
   return dict;
 }

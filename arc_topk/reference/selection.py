@@ -27,7 +27,9 @@ def scores(p: Tensor) -> Tensor:
 
 
 def top_rows(values: Tensor, k: int) -> Tensor:
-    """The indices of the K largest values, ascending; ties go to the smaller index, NaN is last.
+    """The indices of the K largest values, ascending; ties go to the smaller index.
+
+    NaN counts as the largest, as infinity does: both are what a score becomes that overflows.
 
     Args:
         values: [m], any real or integer type.
@@ -36,7 +38,9 @@ def top_rows(values: Tensor, k: int) -> Tensor:
     Returns:
         int64 [min(k, m)], ascending.
     """
-    ordered = values.nan_to_num(nan=-math.inf) if values.is_floating_point() else values
+    ordered = (
+        values.nan_to_num(nan=math.inf, posinf=math.inf) if values.is_floating_point() else values
+    )
     order = torch.sort(ordered, descending=True, stable=True).indices
     return order[:k].sort().values
 

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <cmath>
 #include <exception>
 #include <stdexcept>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -291,8 +292,8 @@ void BucketExchange::count_step() {
   metrics_.dense_bytes = static_cast<uint64_t>(plan().dense_bytes);
   if (state_.energy.is_cpu()) {  // a device's is read when asked for
     Energy& energy = *state_.bucket.energy;
-    // Compressors without a sketch have nothing to compare with.
-    if (energy.total > 0) metrics_.energy = energy;
+    // Compressors without a sketch have nothing to compare with, nor has a score that overflowed.
+    if (energy.total > 0 && std::isfinite(energy.total)) metrics_.energy = energy;
     energy = {0, 0};
   }
   shared_.metrics.add(metrics_);

@@ -84,9 +84,7 @@ struct Scalar {
                                                : 1e300;
     return rounded(b.wire_type, w(std::clamp(x, -limit, limit) * b.wire_scale));
   }
-  double mean(double sum, bool in_first) const {
-    return w(sum * w(1 / (in_first ? 1.0 : b.wire_scale) / b.world_size));
-  }
+  double mean(double sum) const { return w(sum * w(1 / b.wire_scale / b.world_size)); }
 
   const Bucket& b;
   const DType work;

@@ -20,7 +20,7 @@ double check_compressed_result(const BucketInMemory& x, const Segment& s, Outcom
   const Scalar scalar(x.b);
   double energy = 0;
   for (int64_t i = 0; i < s.numel; ++i) {
-    const double mean = outcome == Outcome::kNormal ? scalar.mean(sum(s, i), false) : 0;
+    const double mean = outcome == Outcome::kNormal ? scalar.mean(sum(s, i)) : 0;
     energy += mean * mean;
     if (shares_estimate(x.b.feedback)) {
       EXPECT_EQ(x.shared(s.offset + i), scalar.s(scalar.w(h_before[s.offset + i] + mean)));
@@ -37,7 +37,7 @@ void check_dense_result(const BucketInMemory& x, const Segment& s, Outcome outco
                         const std::vector<double>& h_before) {
   const Scalar scalar(x.b);
   for (int64_t i = 0; i < s.numel; ++i) {
-    const double mean = scalar.mean(sum(s, i), s.dense_in_first);
+    const double mean = scalar.mean(sum(s, i));
     const double h = shares_estimate(x.b.feedback) ? h_before[s.offset + i] : 0;
     if (x.b.feedback == FeedbackKind::kEF21M) {
       const double keep = scalar.w(1 - x.b.eta), eta = scalar.w(x.b.eta);

@@ -41,8 +41,8 @@ void check_prepared(const BucketInMemory& x, const Projection* v, std::vector<El
       for (int64_t i = 0; i < s.numel; ++i) {
         const double g = x.gradient(s.offset + i);
         const double copy = s.dense_in_first ? x.first(s.packed + i) : x.second(s.packed + i);
-        ASSERT_EQ(copy,
-                  s.dense_in_first ? g : rounded(x.b.wire_type, scalar.w(g * x.b.wire_scale)));
+        const double scaled = scalar.w(g * x.b.wire_scale);
+        ASSERT_EQ(copy, s.dense_in_first ? scaled : rounded(x.b.wire_type, scaled));
         expect_state(x, s.offset + i, before[s.offset + i]);
       }
       continue;

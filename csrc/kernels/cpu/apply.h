@@ -7,8 +7,8 @@ namespace arc_topk::cpu::ARC_TOPK_ISA {
 
 // What a payload's sum is multiplied with to give the mean.
 template <class T>
-inline T mean_factor(const Bucket& b, bool in_first) {
-  return static_cast<T>(1.0 / (in_first ? 1.0 : b.wire_scale) / b.world_size);
+inline T mean_factor(const Bucket& b) {
+  return static_cast<T>(1.0 / b.wire_scale / b.world_size);
 }
 
 template <class T>
@@ -93,7 +93,7 @@ inline double apply(const Bucket& b, const Piece& p) {
   return with_work_type(b, [&]<class T>(T) {
     const bool shared = shares_estimate(b.feedback);
     const int64_t packed = segment_of(b, p).packed;
-    const T factor = mean_factor<T>(b, false);
+    const T factor = mean_factor<T>(b);
     Buffers<T> buffers;
     SumOfSquares<T> squares;
     Gaps gaps(b, p);
@@ -152,7 +152,7 @@ inline double apply_gathered(const Bucket& b, const Piece& p, const void* messag
     const Segment& s = segment_of(b, p);
     const bool shared = shares_estimate(b.feedback);
     const T scale = static_cast<T>(scale_of_sum(b.world_size));
-    const T factor = mean_factor<T>(b, false) / scale;
+    const T factor = mean_factor<T>(b) / scale;
     const int64_t picks_at = distance(message, b.picks + s.pick);
     const int64_t values_at = distance(message, b.second) + s.packed * size_of(b.wire_type);
     for (int64_t begin = p.row_begin; begin < p.row_end; begin += kBlock) {
@@ -210,7 +210,7 @@ inline void average(const Bucket& b, const Segment& s, const Source& source, int
     const T* x = load(aligned, type, 0, n, buffer);
     for (int64_t j = 0; j < n; ++j) mean[j] += x[j] * scale;
   }
-  const T factor = mean_factor<T>(b, s.dense_in_first) / scale;
+  const T factor = mean_factor<T>(b) / scale;
   for (int64_t j = 0; j < n; ++j) mean[j] *= factor;
 }
 

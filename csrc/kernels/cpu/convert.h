@@ -31,6 +31,7 @@ using numbers::key_of;
 using numbers::key_of_score;
 using numbers::kTypeOf;
 using numbers::narrow_to;
+using numbers::number_of;
 using numbers::widen;
 using numbers::widen_to;
 

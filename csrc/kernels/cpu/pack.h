@@ -188,7 +188,7 @@ inline void copy_dense(const Bucket& b, const Piece& p) {
     const Segment& s = segment_of(b, p);
     void* to = s.dense_in_first ? b.first : b.second;
     const DType type = s.dense_in_first ? kTypeOf<T> : b.wire_type;
-    const T scale = s.dense_in_first ? T(1) : static_cast<T>(b.wire_scale);
+    const T scale = static_cast<T>(b.wire_scale);
     Buffers<T> buffers;
     for_chunks(range_of(b, p), [&](int64_t i, int64_t n) {
       const T* g = load(b.gradient, b.gradient_type, i, n, buffers.g);

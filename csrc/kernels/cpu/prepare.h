@@ -178,7 +178,7 @@ inline double score(const Bucket& b, const Piece& p) {
         sum = sum + x * x;
       }
       keys[row] = key_of_score(sum);
-      if (is_finite(sum)) total += static_cast<double>(sum);
+      total += static_cast<double>(number_of<T>(keys[row]));
     }
     return total;
   });

@@ -19,16 +19,14 @@ template <class T>
 struct DenseMean {
   DenseSource source;
   Gathered gathered;
-  T scale;         // what is summed here is multiplied with, see scale_of_sum()
-  T first_factor;  // what a payload's sum is multiplied with
-  T second_factor;
+  T scale;   // what is summed here is multiplied with, see scale_of_sum()
+  T factor;  // what a sum is multiplied with
 
   DenseMean(const Bucket& b, DenseSource its_source, const Gathered* messages)
       : source(its_source),
         gathered(messages != nullptr ? *messages : Gathered{}),
         scale(static_cast<T>(messages != nullptr ? scale_of_sum(b.world_size) : 1.0)),
-        first_factor(static_cast<T>(1.0 / b.world_size) / scale),
-        second_factor(static_cast<T>(1.0 / b.wire_scale / b.world_size) / scale) {}
+        factor(static_cast<T>(1.0 / b.wire_scale / b.world_size) / scale) {}
 
   template <int kVector>
   ARC_TOPK_DEVICE void load(const Bucket& b, const Segment& s, Run run, T (&x)[kVector]) const {
@@ -38,7 +36,6 @@ struct DenseMean {
     }
     const DType type = s.dense_in_first ? kTypeOf<T> : b.wire_type;
     void* payload = s.dense_in_first ? b.first : b.second;
-    const T factor = s.dense_in_first ? first_factor : second_factor;
     const Run there = run.moved(s.packed - s.offset);
     if (source == DenseSource::kPayload) {
       Array<AnyType>(payload, type).load(there, x);
@@ -227,7 +224,7 @@ struct Apply {
       payload.load(from, c);
       ARC_TOPK_UNROLL
       for (int j = 0; j < kVector; ++j) {
-        c[j] = c[j] * mean.second_factor;
+        c[j] = c[j] * mean.factor;
         h[j] = h[j] + c[j];
         if (run.has(j))
           squares[t].value[0] += static_cast<double>(c[j]) * static_cast<double>(c[j]);
@@ -298,7 +295,7 @@ struct Apply {
   ARC_TOPK_DEVICE T mean_of(const Segment& s, int64_t k, uint32_t col) const {
     T x[1];
     Array<AnyType>(b.second, b.wire_type).load(Run{s.packed + k * s.cols + col, 0, 1}, x);
-    return x[0] * mean.second_factor;
+    return x[0] * mean.factor;
   }
 };
 
@@ -374,7 +371,7 @@ struct ApplyGathered {
   ARC_TOPK_DEVICE double put(T sum, int64_t i) const {
     const Bucket& b = apply.b;
     const Run run{i, 0, 1};
-    T c[1] = {sum * apply.mean.second_factor};
+    T c[1] = {sum * apply.mean.factor};
     const double square = static_cast<double>(c[0]) * static_cast<double>(c[0]);
     if (hands_out_estimate(b) && sum == 0) return square;  // h stays
     if (shares_estimate(b.feedback)) {

@@ -47,7 +47,6 @@ struct Prepare {
     const Array<G> gradient(b.gradient, b.gradient_type);
     const Array<AnyType> to(s.dense_in_first ? b.first : b.second,
                             s.dense_in_first ? kTypeOf<T> : b.wire_type);
-    const T scale = s.dense_in_first ? T(1) : wire_scale;
     // Within Top-K's message of bytes a payload begins anywhere.
     const bool aligned = reinterpret_cast<uintptr_t>(to.base) % 16 == 0;
     for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
@@ -56,7 +55,7 @@ struct Prepare {
       const Run there = run.moved(s.packed - s.offset);
       ARC_TOPK_UNROLL
       for (int j = 0; j < kVector; ++j) {
-        x[j] = x[j] * scale;
+        x[j] = x[j] * wire_scale;
         const T one[1] = {x[j]};
         if (!aligned && run.has(j)) to.store(Run{there.index + j, 0, 1}, one);
       }

@@ -313,8 +313,7 @@ struct Select {
           for (int64_t i = t; i < count; i += kThreads) {
             const K key = shared.keys[i];
             if ((key & digit.above) == known) block.add(&shared.bins[digit.of(key)], 1);
-            const T score = number_of<T>(key);
-            if (first && is_finite(score)) scores[t].value[0] += static_cast<double>(score);
+            if (first) scores[t].value[0] += static_cast<double>(number_of<T>(key));
           }
         });
       });
