@@ -10,6 +10,7 @@ down, so that no later test inherits a half-done collective.
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import resource
@@ -54,14 +55,29 @@ class Ranks:
 
     def run(self, body: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """``body(rank, world_size, *args, **kwargs)`` on every rank: their results."""
-        for pipe in self._pipes:
-            pipe.send((body, args, kwargs))
-        outcomes = [self._receive(rank, pipe) for rank, pipe in enumerate(self._pipes)]
+        self.start(body, *args, **kwargs)
+        outcomes = [self.result(rank) for rank in range(self.world_size)]
         failures = [text for ok, text in outcomes if not ok]
         if failures:
             self.close()
             raise RankError("\n".join(failures))
         return [result for _, result in outcomes]
+
+    def start(self, body: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """`run` without waiting for the results: `result` has them, one rank's each."""
+        message = _dump((body, args, kwargs))
+        for pipe in self._pipes:
+            pipe.send_bytes(message)
+
+    def result(self, rank: int) -> tuple[bool, Any]:
+        """Whether ``rank`` has returned, and what, or its traceback."""
+        if not self._pipes[rank].poll(2 * self._timeout.total_seconds()):
+            return False, f"rank {rank}: no answer in {2 * self._timeout.total_seconds()} s"
+        try:
+            outcome: tuple[bool, Any] = _load(self._pipes[rank].recv_bytes())
+        except EOFError:
+            return False, f"rank {rank}: the process died"
+        return outcome
 
     @property
     def alive(self) -> bool:
@@ -73,15 +89,6 @@ class Ranks:
             process.join()
         self._pipes.clear()
         self._processes.clear()
-
-    def _receive(self, rank: int, pipe: Connection) -> tuple[bool, Any]:
-        if not pipe.poll(2 * self._timeout.total_seconds()):
-            return False, f"rank {rank}: no answer in {2 * self._timeout.total_seconds()} s"
-        try:
-            outcome: tuple[bool, Any] = pipe.recv()
-        except EOFError:
-            return False, f"rank {rank}: the process died"
-        return outcome
 
 
 class Pools:
@@ -111,6 +118,21 @@ def temporary(world_size: int, timeout: timedelta) -> Iterator[Ranks]:
         pool.close()
 
 
+def _dump(value: Any) -> bytes:
+    """In one piece: a pipe of multiprocessing would pass on each tensor as a file of its own."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _load(message: bytes) -> Any:
+    import torch
+
+    return torch.load(io.BytesIO(message), weights_only=False)
+
+
 def _allow_many_files() -> None:
     """A Gloo group keeps five descriptors, and a pool makes hundreds of groups in its life."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -129,11 +151,11 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str, timeout: ti
     )
     while True:
         try:
-            body, args, kwargs = pipe.recv()
+            body, args, kwargs = _load(pipe.recv_bytes())
         except EOFError:  # the test process is gone, and this one's work with it
             return
         try:
             outcome = (True, body(rank, world_size, *args, **kwargs))
         except BaseException:
             outcome = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
-        pipe.send(outcome)
+        pipe.send_bytes(_dump(outcome))

@@ -144,10 +144,8 @@ def lose_a_rank(rank: int, world_size: int, gradients: Gradients, how: str) -> l
 def test_a_lost_rank_is_an_error_that_names_its_place(how: str) -> None:
     gradients = random_gradients(LAYOUTS, 2, 3, torch.float32)
     with temporary(2, SHORT) as pool:
-        for pipe in pool._pipes:
-            pipe.send((lose_a_rank, (gradients, how), {}))
-        assert pool._pipes[0].poll(120), "rank 0 hangs"
-        ok, texts = pool._pipes[0].recv()
+        pool.start(lose_a_rank, gradients, how)
+        ok, texts = pool.result(0)
     assert ok, texts
     for words in ("rank 0", "bucket 0", "first parameter 'tensors.", "phase first_collective"):
         assert words in texts[0], texts[0]
