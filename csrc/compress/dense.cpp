@@ -43,7 +43,7 @@ class Dense final : public Compressor {
     step.enter(Phase::kApply);
     if (!plan.in_place) {
       step.kernels().apply(step.bucket(), nullptr);
-    } else if (step.bucket().feedback == FeedbackKind::kEF21M) {
+    } else if (has_momentum(step.bucket().feedback)) {
       step.kernels().blend(step.bucket());
     }
   }

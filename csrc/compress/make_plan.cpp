@@ -36,7 +36,7 @@ int64_t state_bytes(const Config& config, const Compressor& compressor, const Ty
   int64_t arrays = 0;
   if (compressor.compresses()) {
     arrays = own_states(config.feedback) + (shares_estimate(config.feedback) ? 1 : 0);
-  } else if (config.feedback == FeedbackKind::kEF21M) {
+  } else if (has_momentum(config.feedback)) {
     arrays = 1;  // dense under EF21M: the momentum of the mean is all there is to remember
   }
   return arrays * size_of(types.state) * numel;

@@ -12,11 +12,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define ARC_TOPK_HD __host__ __device__ __forceinline__
-#else
-#define ARC_TOPK_HD inline __attribute__((always_inline))
-#endif
+#include "base/portable.h"
 
 namespace arc_topk {
 
@@ -30,6 +26,13 @@ constexpr int own_states(FeedbackKind kind) {
 constexpr bool shares_estimate(FeedbackKind kind) {
   return kind == FeedbackKind::kEF21 || kind == FeedbackKind::kEF21M;
 }
+// Whether X_i is kept in `a` between prepare() and sent(): the message is then what is stored,
+// rounded to the state's type. The others form it from the gradient whenever it is needed.
+constexpr bool keeps_message(FeedbackKind kind) {
+  return kind == FeedbackKind::kEF14 || kind == FeedbackKind::kEF21M;
+}
+// Whether h has a momentum, which a tensor that stays dense must then have as well.
+constexpr bool has_momentum(FeedbackKind kind) { return kind == FeedbackKind::kEF21M; }
 
 // No memory: X_i = g_i.
 struct NoFeedback {

@@ -7,11 +7,10 @@
 #include <cstdint>
 #include <string>
 
+#include "base/types.h"
 #include "feedback/feedback.h"
 
 namespace arc_topk {
-
-enum class DType : uint8_t { kF32, kF64, kBF16, kF16 };
 
 // What values are multiplied with before those of all ranks are summed: the sum may overflow though
 // their mean does not, in float16 at 65504, in float32 at 3e38. A power of two, since that loses
@@ -20,15 +19,6 @@ constexpr double scale_of_sum(int world_size) {
   double scale = 1;
   while (scale * world_size > 1) scale /= 2;
   return scale;
-}
-
-constexpr int64_t size_of(DType type) {
-  return type == DType::kF64 ? 8 : type == DType::kF32 ? 4 : 2;
-}
-
-// The type sums, sketches and scores are made in.
-constexpr DType work_type(DType gradient) {
-  return gradient == DType::kF64 ? DType::kF64 : DType::kF32;
 }
 
 // More rows than one block of a device should select from alone.

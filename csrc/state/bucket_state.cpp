@@ -39,7 +39,7 @@ void allocate_arenas(BucketState& s, FeedbackKind feedback, c10::Device device) 
   if (!s.plan.dense && own_states(feedback) > 0) s.own_a = zeros();
   if (!s.plan.dense && own_states(feedback) > 1) s.own_b = zeros();
   // A dense tensor's estimate is the mean itself, or under EF21M the momentum of it.
-  const bool is_mean = s.plan.in_place && feedback != FeedbackKind::kEF21M;
+  const bool is_mean = s.plan.in_place && !has_momentum(feedback);
   if (shares_estimate(feedback) && !is_mean) s.shared = zeros();
 }
 

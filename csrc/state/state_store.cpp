@@ -235,7 +235,7 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
     // it.
     const bool started = move(slot, bucket, i);
     const bool has_estimate =
-        bucket.plan.segments[i].compressed() || config_.feedback == FeedbackKind::kEF21M;
+        bucket.plan.segments[i].compressed() || has_momentum(config_.feedback);
     if (has_estimate) bucket.started = bucket.started && started;
     if (i == 0) bucket.first_name = slot.name;
     leave(slot, bucket, leaving);

@@ -7,8 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "base/random.h"
 #include "cpu_against_loops.h"
-#include "random.h"
 
 namespace arc_topk::testing {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <vector>
 
+#include "base/random.h"
 #include "cpu_against_loops.h"
-#include "random.h"
 
 namespace arc_topk::testing {
 namespace {

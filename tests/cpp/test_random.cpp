@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "random.h"
+#include "base/random.h"
 
 namespace arc_topk {
 namespace {

@@ -240,7 +240,7 @@ inline void apply_dense(const Bucket& b, const Piece& p, int64_t shift, int64_t 
   const Outcome outcome = b.outcome[p.segment];
   if (shared && outcome == Outcome::kNonFinite) return;
   // The momentum of a tensor that nobody used stays; without momentum h is the mean, zero or not.
-  if (b.feedback == FeedbackKind::kEF21M && outcome == Outcome::kUnused) return;
+  if (has_momentum(b.feedback) && outcome == Outcome::kUnused) return;
   with_work_type(b, [&]<class T>(T) {
     const T eta = static_cast<T>(b.eta);
     const T keep = static_cast<T>(1 - b.eta);
@@ -249,7 +249,7 @@ inline void apply_dense(const Bucket& b, const Piece& p, int64_t shift, int64_t 
       T* mean = buffers.x;
       average(b, segment_of(b, p), {shift, copies, stride}, i, n, mean);
       if (!shared) return store(mean, b.gradient, b.gradient_type, i, n);
-      if (b.feedback == FeedbackKind::kEF21M) {
+      if (has_momentum(b.feedback)) {
         const T* h = load(b.shared, b.state_type, i, n, buffers.a);
         for (int64_t j = 0; j < n; ++j) mean[j] = keep * h[j] + eta * mean[j];
       }
@@ -286,7 +286,7 @@ inline void copy_gradient(const Bucket& b, Range range, void* to) {
 
 inline void remember(const Bucket& b, const Piece& p) {
   const Range range = range_of(b, p);
-  if (b.feedback == FeedbackKind::kEF21) return copy_gradient(b, range, b.own_a);
+  if (!has_momentum(b.feedback)) return copy_gradient(b, range, b.own_a);
   fill_zero(b.own_a, b.state_type, range);
   copy_gradient(b, range, b.own_b);
 }

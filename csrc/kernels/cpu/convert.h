@@ -5,7 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "kernels/numbers.h"
+#include "kernels/dispatch.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -37,22 +37,6 @@ using numbers::widen_to;
 
 // --- runs of elements
 // -----------------------------------------------------------------------------
-
-// Calls f with an element of the C++ type that `type` stands for.
-template <class F>
-inline decltype(auto) with_type(DType type, F&& f) {
-  switch (type) {
-    case DType::kF64:
-      return f(double{});
-    case DType::kBF16:
-      return f(BF16{});
-    case DType::kF16:
-      return f(F16{});
-    case DType::kF32:
-      break;
-  }
-  return f(float{});
-}
 
 template <class T, class S>
 inline void widen_run(const S* from, int64_t n, T* to) {

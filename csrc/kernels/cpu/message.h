@@ -5,37 +5,6 @@
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
-// EF14 and EF21M keep X_i in their first array between prepare() and sent(): the message is what is
-// stored, rounded to the state's type. The others form it from the gradient whenever it is needed.
-constexpr bool keeps_message(FeedbackKind kind) {
-  return kind == FeedbackKind::kEF14 || kind == FeedbackKind::kEF21M;
-}
-
-// Calls f with the bucket's feedback over its work type.
-template <class F>
-inline decltype(auto) with_feedback(const Bucket& b, F&& f) {
-  const auto over = [&]<class T>(T) -> decltype(auto) {
-    switch (b.feedback) {
-      case FeedbackKind::kEF14:
-        return f(EF14{}, T{});
-      case FeedbackKind::kEF21:
-        return f(EF21{}, T{});
-      case FeedbackKind::kEF21M:
-        return f(EF21M<T>{static_cast<T>(b.eta), static_cast<T>(1 - b.eta)}, T{});
-      case FeedbackKind::kNone:
-        break;
-    }
-    return f(NoFeedback{}, T{});
-  };
-  return b.gradient_type == DType::kF64 ? over(double{}) : over(float{});
-}
-
-// Calls f with the bucket's work type.
-template <class F>
-inline decltype(auto) with_work_type(const Bucket& b, F&& f) {
-  return b.gradient_type == DType::kF64 ? f(double{}) : f(float{});
-}
-
 // Elements of the bucket's arrays in the work type; a and b are null for kinds that keep less.
 template <class T>
 struct Elements {

@@ -1,9 +1,8 @@
 // The selected rows of the message: onto the wire, and out of what this rank still has to send.
 #pragma once
 
-#include <limits>
-
 #include "kernels/cpu/prepare.h"
+#include "kernels/wire.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
@@ -99,43 +98,25 @@ inline void scatter(const T* from, void* base, DType type, const Stretches& x) {
   });
 }
 
-// The largest finite number of a type. What is larger is cut off to it before it is sent, so that
-// what was sent is finite, and so is what stays behind in the state.
-inline double largest(DType type) {
-  switch (type) {
-    case DType::kF64:
-      break;
-    case DType::kF32:
-      return std::numeric_limits<float>::max();
-    case DType::kBF16:
-      return widen(BF16{0x7F7F});
-    case DType::kF16:
-      return 65504;
-  }
-  return std::numeric_limits<double>::max();
-}
-
 // What arrives of x by the wire: c = round(x * scale) / scale. Cut off before it is scaled: the sum
 // of N values then stays within the type as well. Puts the wire's values at `wire` unless that is
 // null.
 template <class T>
 inline const T* round_to_wire(const Bucket& b, const T* x, int64_t n, void* wire, int64_t at,
                               T* buffer) {
-  if (b.wire_type == kTypeOf<T> && b.wire_scale == 1) {
+  const Wire<T> to_wire(b);
+  if (to_wire.exact) {
     if (wire != nullptr) store(x, wire, b.wire_type, at, n);
     return x;
   }
-  const T scale = static_cast<T>(b.wire_scale);
-  const T back = static_cast<T>(1 / b.wire_scale);
-  const T limit = static_cast<T>(largest(b.wire_type));
-  for (int64_t i = 0; i < n; ++i) buffer[i] = std::clamp(x[i], -limit, limit) * scale;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = to_wire.scaled(x[i]);
   with_type(b.wire_type, [&]<class W>(W) {
     W rounded[kChunk];
     W* to = wire != nullptr ? static_cast<W*>(wire) + at : rounded;
     narrow_run(buffer, n, to);
     widen_run(to, n, buffer);
   });
-  for (int64_t i = 0; i < n; ++i) buffer[i] *= back;
+  for (int64_t i = 0; i < n; ++i) buffer[i] *= to_wire.back;
   return buffer;
 }
 

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
+#include "base/random.h"
 #include "kernels/cpu/fused.h"
-#include "random.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 

@@ -187,7 +187,7 @@ struct Apply {
       }
       // The momentum of a tensor that nobody used stays; without momentum h is the mean, zero or
       // not.
-      const bool blends = b.feedback == FeedbackKind::kEF21M;
+      const bool blends = has_momentum(b.feedback);
       T h[kVector] = {};
       if (blends && outcome == Outcome::kUnused) return publish(run, h);
       if (blends) Array<AnyType>(b.shared, b.state_type).load(run, h);

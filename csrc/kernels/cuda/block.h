@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "feedback/feedback.h"
+#include "base/portable.h"
 
 #if defined(__CUDACC__)
 #define ARC_TOPK_DEVICE __device__ __forceinline__

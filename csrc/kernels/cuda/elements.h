@@ -8,7 +8,7 @@
 #include <stdexcept>
 
 #include "kernels/cuda/block.h"
-#include "kernels/numbers.h"
+#include "kernels/dispatch.h"
 
 namespace arc_topk::cuda {
 
@@ -32,22 +32,6 @@ ARC_TOPK_HD T larger(T a, T b) {
   return a < b ? b : a;
 }
 ARC_TOPK_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Calls f with an element of the C++ type that `type` stands for.
-template <class F>
-ARC_TOPK_DEVICE void with_type(DType type, const F& f) {
-  switch (type) {
-    case DType::kF64:
-      return f(double{});
-    case DType::kBF16:
-      return f(BF16{});
-    case DType::kF16:
-      return f(F16{});
-    case DType::kF32:
-      break;
-  }
-  f(float{});
-}
 
 // Elements of a vector for a work type, where types are only known when the kernel runs.
 template <class T>

@@ -2,14 +2,9 @@
 #pragma once
 
 #include "kernels/cuda/pieces.h"
+#include "kernels/wire.h"
 
 namespace arc_topk::cuda {
-
-// EF14 and EF21M keep X_i in their first array between prepare() and sent(): the message is what is
-// stored, rounded to the state's type. The others form it from the gradient whenever it is needed.
-constexpr bool keeps_message(FeedbackKind kind) {
-  return kind == FeedbackKind::kEF14 || kind == FeedbackKind::kEF21M;
-}
 
 // Gradient and state of a run, in the work type.
 template <class T, int kVector>
@@ -78,45 +73,6 @@ ARC_TOPK_DEVICE void message(const Feedback& feedback, const Array<S>& state,
     form(feedback, state, e, x);
   }
 }
-
-// The largest finite number of a type. What is larger is cut off to it before it is sent, so that
-// what was sent is finite, and so is what stays behind in the state.
-inline double largest(DType type) {
-  switch (type) {
-    case DType::kF64:
-      break;
-    case DType::kF32:
-      return 3.4028234663852886e38;
-    case DType::kBF16:
-      return numbers::widen(BF16{0x7F7F});
-    case DType::kF16:
-      return 65504;
-  }
-  return 1.7976931348623157e308;
-}
-
-// To the wire and back. Its numbers are made on the host, once a launch.
-template <class T>
-struct Wire {
-  bool exact;  // the work type, not scaled: nothing is rounded or cut off
-  T scale;
-  T back;
-  T limit;
-
-  explicit Wire(const Bucket& b)
-      : exact(b.wire_type == kTypeOf<T> && b.wire_scale == 1),
-        scale(static_cast<T>(b.wire_scale)),
-        back(static_cast<T>(1 / b.wire_scale)),
-        limit(static_cast<T>(largest(b.wire_type))) {}
-
-  // What is sent for x. Cut off before it is scaled: the sum of N values then stays within the type
-  // as well.
-  ARC_TOPK_DEVICE T sent(T x) const {
-    if (exact) return x;
-    return (x < -limit ? -limit : limit < x ? limit : x) * scale;
-  }
-  ARC_TOPK_DEVICE T received(T x) const { return exact ? x : x * back; }
-};
 
 // --- flags ---------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 // V for one step, four of its columns a thread.
 #pragma once
 
+#include "base/random.h"
 #include "kernels/cuda/block.h"
 #include "kernels/cuda/elements.h"
-#include "random.h"
 
 namespace arc_topk::cuda {
 

@@ -4,8 +4,8 @@
 // are left. The keys of as many rows as most matrices have are made once and stay in shared memory.
 #pragma once
 
+#include "base/random.h"
 #include "kernels/cuda/message.h"
-#include "random.h"
 
 namespace arc_topk::cuda {
 
@@ -128,16 +128,9 @@ struct KeyMaker {
 
   ARC_TOPK_DEVICE void magnitudes(const Segment& s, int64_t row, int count, bool prepared,
                                   Rows& rows) const {
-    switch (b.feedback) {
-      case FeedbackKind::kNone:
-        return magnitudes_with(NoFeedback{}, s, row, count, prepared, rows);
-      case FeedbackKind::kEF14:
-        return magnitudes_with(EF14{}, s, row, count, prepared, rows);
-      case FeedbackKind::kEF21:
-        return magnitudes_with(EF21{}, s, row, count, prepared, rows);
-      case FeedbackKind::kEF21M:
-        return magnitudes_with(EF21M<T>{eta, keep}, s, row, count, prepared, rows);
-    }
+    with_feedback(b.feedback, eta, keep, [&](const auto& feedback) {
+      magnitudes_with(feedback, s, row, count, prepared, rows);
+    });
   }
   // |X_i|, of segments of one column: rows are elements.
   template <class Feedback>

@@ -14,30 +14,6 @@
 
 namespace arc_topk::cuda {
 
-// Calls f with the bucket's feedback over its work type.
-template <class F>
-void with_feedback(const Bucket& b, const F& f) {
-  const auto over = [&]<class T>(T) {
-    switch (b.feedback) {
-      case FeedbackKind::kEF14:
-        return f(EF14{}, T{});
-      case FeedbackKind::kEF21:
-        return f(EF21{}, T{});
-      case FeedbackKind::kEF21M:
-        return f(EF21M<T>{static_cast<T>(b.eta), static_cast<T>(1 - b.eta)}, T{});
-      case FeedbackKind::kNone:
-        break;
-    }
-    return f(NoFeedback{}, T{});
-  };
-  b.gradient_type == DType::kF64 ? over(double{}) : over(float{});
-}
-
-template <class F>
-void with_work_type(const Bucket& b, const F& f) {
-  b.gradient_type == DType::kF64 ? f(double{}) : f(float{});
-}
-
 // Launcher: launch(bucket, name, body, blocks), and read(bucket, address) of a number in the
 // device's memory, for which it waits.
 template <class Launcher>
@@ -114,7 +90,7 @@ class Steps : public Kernels {
   }
 
   void remember(const Bucket& b) const override {
-    const bool momentum = b.feedback == FeedbackKind::kEF21M;
+    const bool momentum = has_momentum(b.feedback);
     with_work_type(b, [&]<class T>(T) {
       launch(b, "remember",
              CopyGradient<T>{b, momentum ? b.own_b : b.own_a, momentum ? b.own_a : nullptr},

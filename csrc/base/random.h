@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "feedback/feedback.h"  // ARC_TOPK_HD
+#include "base/portable.h"
 
 #if !defined(__CUDA_ARCH__)
 #include <bit>

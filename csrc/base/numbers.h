@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "feedback/feedback.h"  // ARC_TOPK_HD
-#include "kernels/kernels.h"
+#include "base/portable.h"
+#include "base/types.h"
 
 #if !defined(__CUDA_ARCH__)
 #include <bit>
