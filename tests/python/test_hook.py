@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import sys
 import threading
 import time
@@ -16,7 +17,14 @@ import torch.distributed as dist
 from device import DEVICE, copy_to
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Ranks
-from test_engine import COMPRESSORS, LAYOUTS, assert_same_bits, check_against_oracle, run_native
+from test_engine import (
+    COMPRESSORS,
+    LAYOUTS,
+    Run,
+    assert_same_bits,
+    check_against_oracle,
+    run_native,
+)
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -270,27 +278,70 @@ def test_zero_gradients_are_gradients_like_any_other(
     check_against_oracle(runs, LAYOUTS, gradients, torch.float32, config)
 
 
+def check_unused(runs: Sequence[Run], gradients: Gradients, config: dict[str, Any]) -> None:
+    """As if the silent steps had not been, for these tensors: what they get next is not stale."""
+    for run, step, t in itertools.product(runs, (2, 3, 4, 5), (0, 2, 5)):
+        out = run.outputs[step][t]
+        assert out is None or not out.any()
+    check_against_oracle(
+        list(runs), LAYOUTS, gradients, torch.float32, {**config, "may_be_unused": True}
+    )
+
+
 @pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
-@pytest.mark.parametrize("feedback", ["ef14", "ef21", "ef21m"])
+@pytest.mark.parametrize("feedback", ["none", "ef14", "ef21", "ef21m"])
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k", "dense"])
 def test_where_ddp_throws_results_away_zeros_change_no_state_and_give_zeros(
-    ranks: Ranks, feedback: str, option: str
+    ranks: Ranks, compressor: str, feedback: str, option: str
 ) -> None:
     gradients = same_gradients(8)
     silence(gradients, (0, 2, 5), (2, 3, 4, 5))
-    config = {"feedback": feedback, "ratio": 0.2}
+    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
     ddp = {option: True, **MANY_BUCKETS}
-    run = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, ddp)[0]
-    for step in (2, 3, 4, 5):
-        for t in (0, 2, 5):
-            out = run.outputs[step][t]
-            assert out is None or not out.any()
-    # As if those steps had not been, for these tensors: what they get next is not stale.
-    without = Oracle(LAYOUTS, torch.float32, 2, may_be_unused=True, **config)
-    for number, step in enumerate(gradients):
-        results = without.step(step)
-        out = run.outputs[number][5]
-        if out is not None:
-            torch.testing.assert_close(out, results[5].output, rtol=1e-4, atol=1e-4)
+    runs = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, ddp)
+    check_unused(runs, gradients, config)
+
+
+def run_never_bound(
+    rank: int, world_size: int, gradients: Gradients, config: dict[str, Any]
+) -> Run:
+    """It cannot know what DDP does with its results."""
+    model = wrap(LAYOUTS, torch.float32, **MANY_BUCKETS)
+    state = arc_topk.State(**config)
+    model.register_comm_hook(state, arc_topk.arc_topk_hook)
+    outputs = [backward(model, step[rank]) for step in gradients]
+    return Run(outputs, state.metrics(), 0)
+
+
+@pytest.mark.parametrize("feedback", ["ef14", "ef21", "ef21m"])
+def test_a_state_that_nobody_has_bound_takes_zeros_for_unused(ranks: Ranks, feedback: str) -> None:
+    gradients = same_gradients(8)
+    silence(gradients, (0, 2, 5), (2, 3, 4, 5))
+    config = {"feedback": feedback, "ratio": 0.2}
+    check_unused(ranks.run(run_never_bound, gradients, config), gradients, config)
+
+
+def run_bound_again(
+    rank: int, world_size: int, gradients: Gradients, config: dict[str, Any]
+) -> list[list[Tensor | None]]:
+    """The silent steps under find_unused_parameters, and then the same without it."""
+    state = arc_topk.State(**config)
+    outputs = []
+    for options in ({"find_unused_parameters": True}, {}):
+        model = wrap(LAYOUTS, torch.float32, **options)
+        model.register_comm_hook(state, arc_topk.arc_topk_hook)
+        state.bind(model)
+        outputs += [backward(model, step[rank]) for step in gradients]
+    return outputs
+
+
+@pytest.mark.parametrize("feedback", ["ef21", "ef21m"])
+def test_what_zeros_mean_is_bound_anew(ranks: Ranks, feedback: str) -> None:
+    gradients = same_gradients(6)
+    silence(gradients, (0,), (2, 3, 4, 5))
+    for outputs in ranks.run(run_bound_again, gradients, {"feedback": feedback, "ratio": 0.2}):
+        zero = [not out[0].any() for out in outputs]  # type: ignore[union-attr]
+        assert zero == [False, False, True, True, True, True] + 6 * [False]
 
 
 @pytest.mark.parametrize("feedback", ["ef21", "ef21m"])
