@@ -122,13 +122,15 @@ def run_twice(rank: int, world_size: int, gradients: Gradients) -> tuple[str, li
     model = wrap(LAYOUTS, torch.float32)
     state = arc_topk.State(ratio=0.2)
     texts: list[str] = []
+    store = dist.group.WORLD.get_group_store()
 
     def hook(state: arc_topk.State, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         if rank == 1:
-            time.sleep(1)  # so that rank 0's exchange is in the air
+            store.wait(["rank 0 has tried"])  # so long rank 0's exchange is in the air
         future = arc_topk.arc_topk_hook(state, bucket)
         if rank == 0:
             texts.append(message_of(lambda: arc_topk.arc_topk_hook(state, bucket)))
+            store.set("rank 0 has tried", "")
         return future
 
     model.register_comm_hook(state, hook)
