@@ -11,14 +11,25 @@ import torch.distributed as dist
 
 from arc_topk.config import Config
 from arc_topk.groups import current
-from arc_topk.meeting import meet
+from arc_topk.meeting import WAIT, meet
 
-Tensors = Sequence[tuple[str, tuple[int, ...], str]]
+Sizes = tuple[int, ...]
+Tensors = Sequence[tuple[str, Sizes, str, Sizes]]
 
 
 def describe_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> Tensors:
-    """(name, shape, dtype) of each tensor."""
-    return [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in named]
+    """(name, shape, dtype, strides) of each tensor, the strides as its gradient's will be."""
+    return [
+        (name, tuple(tensor.shape), str(tensor.dtype), _strides(tensor)) for name, tensor in named
+    ]
+
+
+def _strides(tensor: torch.Tensor) -> Sizes:
+    if tensor.layout != torch.strided:
+        return ()
+    like = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
+    sizes_and_strides = zip(like.shape, like.stride(), strict=True)
+    return tuple(stride if size > 1 else 0 for size, stride in sizes_and_strides)
 
 
 def agree(
@@ -50,9 +61,9 @@ def agree(
     """
     fields = {} if config is None else {k: str(v) for k, v in vars(config).items()}
     mine = (None if error is None else f"{type(error).__name__}: {error}", fields, list(tensors))
-    ranks: list[tuple[str | None, dict[str, str], list[tuple[str, tuple[int, ...], str]]]]
+    ranks: list[tuple[str | None, dict[str, str], list[tuple[str, Sizes, str, Sizes]]]]
     ranks = [mine] * dist.get_world_size(group)
-    meet(group, call, wait)
+    _meet(group, call, wait, error)
     with current(device):
         dist.all_gather_object(ranks, mine, group=group)
     if error is not None:
@@ -64,8 +75,18 @@ def agree(
         _equal(f"Config.{field.name}", [rank[1][field.name] for rank in ranks])
     _equal("the number of tensors", [str(len(rank[2])) for rank in ranks])
     for i, tensor in enumerate(mine[2]):
-        for what, j in (("name", 0), ("shape", 1), ("dtype", 2)):
+        for what, j in (("name", 0), ("shape", 1), ("dtype", 2), ("strides", 3)):
             _equal(f"the {what} of tensor {i} ('{tensor[0]}')", [str(r[2][i][j]) for r in ranks])
+
+
+def _meet(group: dist.ProcessGroup, call: str, wait: timedelta, error: Exception | None) -> None:
+    """`meet`; who has an error to tell of does not wait for long, and raises that."""
+    try:
+        meet(group, call, wait if error is None else min(wait, WAIT))
+    except RuntimeError:
+        if error is None:
+            raise
+        raise error from None
 
 
 def _equal(what: str, values: list[str]) -> None:

@@ -40,8 +40,7 @@ def check_hookable(ddp: DistributedDataParallel) -> None:
             "ddp was made with mixed_precision, which registers a hook of its own; "
             "use torch.autocast, or a module in bfloat16, instead"
         )
-    if has_hook(ddp):
-        hook = getattr(ddp._comm_hooks[0][0], "__qualname__", ddp._comm_hooks[0][0])
+    if hook := hook_of(ddp):
         raise ValueError(f"ddp has a communication hook already ({hook}); DDP takes only one")
     if ddp._use_python_reducer:
         raise ValueError(
@@ -55,12 +54,16 @@ def check_hookable(ddp: DistributedDataParallel) -> None:
         )
 
 
-def has_hook(ddp: DistributedDataParallel) -> bool:
-    """Whether the reducer has one: a deep copy of a DDP lists its hooks, but has none of them."""
-    if not ddp._comm_hooks or ddp.logger is None:
-        return bool(ddp._comm_hooks)
+def hook_of(ddp: DistributedDataParallel) -> str:
+    """The name of the reducer's hook, "" if it has none.
+
+    A deep copy of a DDP lists its hooks, but has none of them; one that is built in is not listed.
+    """
+    if ddp.logger is None:
+        hooks = [hook for hook, _ in ddp._comm_hooks]
+        return str(getattr(hooks[0], "__qualname__", hooks[0])) if hooks else ""
     data: dict[str, object] = ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
-    return bool(data.get("comm_hook"))
+    return str(data.get("comm_hook") or "")
 
 
 def unservable_parameter(

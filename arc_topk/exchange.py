@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from arc_topk import _C
 from arc_topk.agreement import agree, describe_tensors
 from arc_topk.config import Config, Fields, config_from
-from arc_topk.groups import current, own_transport, timeout_of
+from arc_topk.groups import current, default_group, own_transport, timeout_of
 from arc_topk.plan import Plan, make_plan
 from arc_topk.servable import on_two_devices, unservable
 
@@ -49,15 +49,13 @@ class GradientExchange:
         process_group: dist.ProcessGroup | None = None,
         **fields: Unpack[Fields],
     ) -> None:
-        group = process_group if process_group is not None else dist.group.WORLD
-        if group is None:
-            raise RuntimeError("arc_topk: no process group; call init_process_group() first")
+        group = process_group if process_group is not None else default_group()
         error: Exception | None = None
         given: list[torch.Tensor] = []
         try:
             self.config = config_from(config, fields)
             given = _servable(tensors)
-        except (TypeError, ValueError) as found:
+        except Exception as found:  # whatever it is: the other ranks must learn of it
             error = found
         named = [(str(i), tensor) for i, tensor in enumerate(given)]
         device = given[0].device if given else torch.device("cpu")
@@ -90,8 +88,9 @@ class GradientExchange:
     ) -> list[torch.Tensor]:
         """Replaces every tensor by its average over ranks, as compressed. A collective.
 
-        What a rank refuses is refused on every rank, and changes nothing: no rank waits for one
-        that has raised. Only NCCL's ranks, whose host must not wait, are not told: they get NaN in
+        What a rank refuses is refused on every rank, and changes neither tensors nor error
+        feedback: no rank waits for one that has raised. (It counts as a step: V and Rand-K's draw
+        go on.) Only NCCL's ranks, whose host must not wait, are not told: they get NaN in
         that step.
 
         Args:
@@ -116,8 +115,10 @@ class GradientExchange:
         error: Exception | None = None
         try:
             given = self._checked(tensors, none_as_zero)
-        except (TypeError, ValueError) as found:
-            error = found  # this rank takes part with NaN, which changes no state anywhere
+        except Exception as found:
+            # Whatever it is, the other ranks are there: this one takes part with NaN, which changes
+            # no state anywhere.
+            error = found
         for bucket in self._buckets:
             mine = [given[i] for i in bucket.indices] if error is None else None
             bucket.load(mine)
@@ -182,11 +183,20 @@ class GradientExchange:
                 f"tensors[{i}] is {tensor.dtype} of shape {tuple(tensor.shape)}; expected "
                 f"{key.dtype} of shape {tuple(key.shape)}"
             )
+        if any(size > 1 and stride == 0 for size, stride in zip(*_layout(tensor), strict=True)):
+            raise ValueError(
+                f"tensors[{i}] is expanded: elements of it share memory, and cannot take an "
+                "average each; expected a tensor.clone() of it"
+            )
         if tensor.device != self._device:
             raise ValueError(
                 f"tensors[{i}] is on device '{tensor.device}'; expected '{self._device}'"
             )
         return tensor
+
+
+def _layout(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    return tensor.shape, tensor.stride()
 
 
 def _servable(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

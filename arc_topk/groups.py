@@ -23,26 +23,26 @@ WAITING = ("gloo", "mpi", "ucc")
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def only_group() -> dist.ProcessGroup:
-    """The default group, where there is no other that a DDP instance could be on.
-
-    Raises:
-        RuntimeError: there is none.
-        ValueError: this rank is also in a group of other ranks.
-    """
-    world = dist.group.WORLD
-    if world is None:
+def default_group() -> dist.ProcessGroup:
+    """The default group, or RuntimeError."""
+    if dist.group.WORLD is None:
         raise RuntimeError("arc_topk: no process group; call init_process_group() first")
+    return dist.group.WORLD
+
+
+def ambiguous(world: dist.ProcessGroup) -> ValueError | None:
+    """The error for not being told a group, on a rank that is also in one of other ranks."""
     everyone = dist.get_process_group_ranks(world)
-    for members in dist.distributed_c10d._world.pg_group_ranks.values():
-        if sorted(members) != everyone:
-            raise ValueError(
+    for group, members in dist.distributed_c10d._world.pg_group_ranks.items():
+        # torch keeps an entry for groups that this rank is not in, for ever.
+        if group is not dist.GroupMember.NON_GROUP_MEMBER and sorted(members) != everyone:
+            return ValueError(
                 "arc_topk: the State is not bound, and there is more than one process group "
                 f"(the default one and one of the ranks {', '.join(map(str, sorted(members)))}): "
                 "whose gradients are averaged? Call state.bind(ddp), or make it with "
                 "State(..., process_group=...)"
             )
-    return world
+    return None
 
 
 @dataclass(frozen=True)

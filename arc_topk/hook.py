@@ -55,15 +55,15 @@ def register(
     try:
         state = State(config, **fields)
         check_hookable(wrapped)
-    except (TypeError, ValueError) as found:
-        error = found  # shared with the other ranks by bind_together(), which raises it
+    except Exception as found:
+        error = found  # whatever it is: bind_together() tells the other ranks, and raises it
     state = bind_together(state, wrapped, error, "register(ddp)")
     engine = state._engine
     assert engine is not None  # bind_together() has made it
+    _C.register_comm_hook(wrapped.reducer, engine)
+    wrapped._comm_hooks[:] = [(arc_topk_hook, state)]
     if wrapped.logger is not None:
         wrapped.logger._set_comm_hook_name(arc_topk_hook.__qualname__)
-    wrapped._comm_hooks[:] = [(arc_topk_hook, state)]
-    _C.register_comm_hook(wrapped.reducer, engine)
     if optimizer is not None:
         warn_of_accumulation(state, optimizer)
     return state

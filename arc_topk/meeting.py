@@ -60,19 +60,19 @@ def _attend(
 ) -> list[int]:
     """Takes part in one meeting: who was missing, the same on every rank."""
     rank, size = group.rank(), group.size()
-    store.set(f"{number}/{rank}", "here")
     begin = time.monotonic()
     warn_at = begin + PATIENCE.total_seconds()
     give_up_at = begin + wait.total_seconds()
     nap = 0.0005
     try:
+        store.set(f"{number}/{rank}", "here")
         if store.add(f"{number}/count", 1) == size:
             _settle(store, number, rank, [])
         while not store.check([f"{number}/outcome"]):
             now = time.monotonic()
             if now >= min(warn_at, give_up_at):
                 missing = [r for r in range(size) if not store.check([f"{number}/{r}"])]
-                if missing and now >= give_up_at:
+                if now >= give_up_at:  # with nobody missing, one of them came and went
                     _settle(store, number, rank, missing)
                 elif missing:
                     _warn(call, _named(missing, group), wait)
@@ -90,7 +90,7 @@ def _warn(call: str, missing: str, wait: timedelta) -> None:
     warnings.warn(
         f"arc_topk: {call} is a collective and has waited {PATIENCE.total_seconds():.0f} s for "
         f"{missing}; it gives up after {wait.total_seconds():.0f} s",
-        stacklevel=4,
+        stacklevel=8,  # who has called register() or bind()
     )
 
 

@@ -16,7 +16,15 @@ from arc_topk.accumulation import warn_of_accumulation
 from arc_topk.agreement import agree, describe_tensors
 from arc_topk.checks import ddp_in, unservable_parameter
 from arc_topk.config import Config, Fields, config_from
-from arc_topk.groups import Transport, comm_group_for, current, only_group, timeout_of, transport_of
+from arc_topk.groups import (
+    Transport,
+    ambiguous,
+    comm_group_for,
+    current,
+    default_group,
+    timeout_of,
+    transport_of,
+)
 from arc_topk.meeting import WAIT
 from arc_topk.plan import Plan, make_plan
 
@@ -143,11 +151,11 @@ class State:
     def _ensure_engine(self, device: torch.device) -> _C.Exchange:
         """The engine; made at the first bucket where nobody bound the state before."""
         if self._engine is None:
-            group = self._group if self._group is not None else only_group()
+            group = self._group if self._group is not None else default_group()
             agree(
                 self.config,
                 [],
-                None,
+                None if self._group is not None else ambiguous(group),
                 group,
                 call="the first bucket of a State that is not bound",
                 wait=timeout_of(group),
@@ -253,15 +261,18 @@ def bind_together(
         if name not in ddp.parameters_to_ignore
     ]
     named = [(name, parameter) for name, parameter in every if parameter.requires_grad]
-    error = error or unservable_parameter(ddp, named)
-    if error is None and state is not None:
-        error = _unbindable(state, ddp, every)
+    try:
+        error = error or unservable_parameter(ddp, named)
+        if error is None and state is not None:
+            error = _unbindable(state, ddp, every)
+    except Exception as found:  # whatever it is: the other ranks must learn of it
+        error = found
     group, device = ddp.process_group, ddp.device
     wait = timeout_of(group)
     if state is None or state._engine is None:  # a used one may come out of a step that failed
         wait = min(wait, WAIT)
     config = state.config if state else None
-    agree(config, describe_tensors(named), error, group, call=call, wait=wait, device=device)
+    agree(config, describe_tensors(every), error, group, call=call, wait=wait, device=device)
     assert state is not None  # else there was an error
     # With these DDP throws away what parameters get that no rank has used.
     may_be_unused = ddp.find_unused_parameters or ddp.static_graph
@@ -273,10 +284,17 @@ def bind_together(
 def _unbindable(
     state: State, ddp: DistributedDataParallel, named: Sequence[tuple[str, torch.Tensor]]
 ) -> Exception | None:
-    """Why a state that was used before cannot go on with ``ddp``, if it cannot."""
-    if state._engine is None:
+    """Why a state cannot go on with ``ddp``, if it cannot."""
+    if state._group is None:
         return None
-    assert state._group is not None
+    if state._engine is None:
+        told, its = _members(state._group), _members(ddp.process_group)
+        if told != its:
+            return ValueError(
+                f"the State was made with a process_group of the ranks {told}, ddp's has {its}; "
+                "expected the same: leave process_group out"
+            )
+        return None
     before, now = state._group.size(), ddp.process_group.size()
     if before != now:
         return ValueError(

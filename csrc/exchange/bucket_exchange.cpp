@@ -73,10 +73,10 @@ c10::intrusive_ptr<c10::ivalue::Future> BucketExchange::start(const at::Tensor& 
       shared_.comm_thread.submit(*this);
     }
     return future;
-  } catch (...) {
+  } catch (const std::exception& error) {
     future_.reset();
     end();
-    throw;
+    fail_behind_begin(error);
   }
 }
 
@@ -92,10 +92,17 @@ at::Tensor BucketExchange::run_here(const at::Tensor& buffer) {
     at::Tensor averaged = queues == nullptr ? whole(nullptr) : queues->here(whole);
     end();
     return averaged;
-  } catch (...) {
+  } catch (const std::exception& error) {
     end();
-    throw;
+    fail_behind_begin(error);
   }
+}
+
+// State may have changed, and the other ranks' step cannot be met any more: no later one may be
+// taken for it.
+void BucketExchange::fail_behind_begin(const std::exception& error) {
+  if (shared_.lifecycle.failed()) throw;  // with its place already
+  fail(error.what());
 }
 
 c10::intrusive_ptr<c10::ivalue::Future> BucketExchange::promise() {

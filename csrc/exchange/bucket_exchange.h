@@ -6,6 +6,7 @@
 #include <ATen/core/ivalue.h>
 
 #include <chrono>
+#include <exception>
 #include <optional>
 #include <string>
 
@@ -73,6 +74,7 @@ class BucketExchange final : public Step, public CommThread::Job {
   void count_step();
   std::string place() const;
   [[noreturn]] void fail(const std::string& what);
+  [[noreturn]] void fail_behind_begin(const std::exception& error);
 
   Shared& shared_;
   BucketState& state_;

@@ -16,7 +16,8 @@ void Lifecycle::check_running() const {
     case Condition::kFailed:
       throw std::runtime_error(
           "arc_topk: nothing is exchanged after this failure; wrap the model in a new "
-          "DistributedDataParallel and bind the state to it, on every rank: " +
+          "DistributedDataParallel and bind the state to it, or make a new GradientExchange, on "
+          "every rank: " +
           failure_);
     case Condition::kClosed:
       throw std::runtime_error(

@@ -1,9 +1,9 @@
 // What an engine is ready for.
 //
-//   running   buckets are admitted
-//   draining  the caller waits for what is in the air, because buckets or groups are about to
-//   change failed    an exchange has failed: the process group is of no use, all later ones fail at
-//   once closed    stopped, in order to go on with another DDP instance, or for good
+//   - running: buckets are admitted
+//   - draining: the caller waits for what is in the air, because buckets are about to change
+//   - failed: an exchange has failed; the process group is of no use, all later ones fail at once
+//   - closed: stopped, in order to go on with another DDP instance, or for good
 //
 // CONTRIBUTING.md has the table of who may do what in which state.
 #pragma once

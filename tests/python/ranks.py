@@ -71,8 +71,10 @@ class Ranks:
 
     def result(self, rank: int) -> tuple[bool, Any]:
         """Whether ``rank`` has returned, and what, or its traceback."""
-        if not self._pipes[rank].poll(2 * self._timeout.total_seconds()):
-            return False, f"rank {rank}: no answer in {2 * self._timeout.total_seconds()} s"
+        # A process starts, imports and connects before it answers, on a busy machine too.
+        longest = 2 * self._timeout.total_seconds() + 120
+        if not self._pipes[rank].poll(longest):
+            return False, f"rank {rank}: no answer in {longest} s"
         try:
             outcome: tuple[bool, Any] = _load(self._pipes[rank].recv_bytes())
         except EOFError:

@@ -362,33 +362,44 @@ def test_a_state_keeps_no_model_alive(ranks: Ranks) -> None:
     assert ranks.run(run_keeping_the_state) == [True, True]
 
 
-def run_last_reference_in_a_callback(rank: int, world_size: int) -> bool:
-    """The engine goes in a callback of its own future, on its own thread."""
+def run_last_reference_in_a_callback(rank: int, world_size: int) -> tuple[bool, bool, bool]:
+    """The engine goes in a callback of its own future, on rank 0 surely on its own thread."""
     model = wrap(LAYOUTS, torch.float32)
     holder = [arc_topk.State(ratio=0.2)]
+    gone = weakref.ref(holder[0])
     ended = threading.Event()
+    threads = {}
+    store = dist.group.WORLD.get_group_store()
 
     def hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        time.sleep(0.3 * rank)
+        if rank == 1:
+            store.wait(["rank 0 has its callback"])
         state = holder.pop()
         kept = [state]
         result = arc_topk.arc_topk_hook(state, bucket)
         del state
+        threads["hook"] = threading.get_ident()
 
         def let_go(future: torch.futures.Future[Tensor]) -> Tensor:
             kept.clear()
+            threads["callback"] = threading.get_ident()
             ended.set()
             return future.value()
 
-        return result.then(let_go)
+        result = result.then(let_go)
+        if rank == 0:
+            store.set("rank 0 has its callback", "")
+        return result
 
     model.register_comm_hook(None, hook)
+    holder[0].bind(model)
     backward(model, random_gradients(LAYOUTS, world_size, 1, torch.float32)[0][rank])
-    return ended.wait(60)
+    return ended.wait(60), gone() is None, threads["hook"] != threads["callback"]
 
 
 def test_the_last_reference_may_go_in_a_callback(ranks: Ranks) -> None:
-    assert ranks.run(run_last_reference_in_a_callback) == [True, True]
+    zero, one = ranks.run(run_last_reference_in_a_callback)
+    assert zero == (True, True, True) and one[:2] == (True, True)
 
 
 def run_copies(rank: int, world_size: int, folder: str) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from device import DEVICE, copy_to
 from model import Gradients, Pick, backward, random_gradients, wrap
-from ranks import Pools, Ranks
+from ranks import TIMEOUT, Pools, Ranks, temporary
 from test_engine import LAYOUTS, assert_same_bits, run_native
 from test_faults import message_of
 from torch import Tensor, nn
@@ -193,6 +193,27 @@ def run_backward_twice(
     return got, expected, state.metrics()["steps"]
 
 
+def run_plain_twice(rank: int, world_size: int, forwards: int) -> tuple[list[Tensor], list[Tensor]]:
+    both = []
+    for config in (None, {"compressor": "dense"}):
+        ddp = wrap(LAYOUTS, torch.float32)
+        if config is not None:
+            arc_topk.register(ddp, **config)
+        gradients = copy_to(DEVICE, gradients_of(world_size, 1)[0][rank])
+        loss = ddp(gradients)
+        loss.backward(retain_graph=True)
+        (ddp(gradients) if forwards == 2 else loss).backward()
+        both.append(copy_to("cpu", [p.grad for p in ddp.module.tensors]))
+    plain, dense = both
+    return plain, dense
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_backward_twice_without_compression_is_plain_ddps(ranks: Ranks, forwards: int) -> None:
+    for plain, dense in ranks.run(run_plain_twice, forwards):
+        assert all(map(torch.equal, plain, dense))
+
+
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_backward_twice_is_what_it_is_in_plain_ddp(ranks: Ranks, forwards: int) -> None:
     for got, expected, steps in ranks.run(run_backward_twice, forwards):
@@ -240,17 +261,52 @@ def leave_unbound(rank: int, world_size: int) -> tuple[str, list[Tensor | None]]
             told = arc_topk.State(compressor="dense", process_group=mine)
             again.register_comm_hook(told, arc_topk.arc_topk_hook)
             outputs = backward(again, gradients)
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
     return text, outputs
 
 
-def test_beside_other_groups_an_unbound_state_wants_to_be_told(ranks: Ranks) -> None:
-    for rank, (text, outputs) in enumerate(ranks.run(leave_unbound)):
+def test_beside_other_groups_an_unbound_state_wants_to_be_told() -> None:
+    with temporary(2, TIMEOUT) as pool:
+        results = pool.run(leave_unbound)
+    for rank, (text, outputs) in enumerate(results):
         assert "not bound" in text and "process_group=" in text
         for got, want in zip(outputs, gradients_of()[0][rank], strict=True):
             assert torch.equal(got, want)  # type: ignore[arg-type]
+
+
+def in_a_group_of_its_own(rank: int, world_size: int) -> tuple[str, str]:
+    """Only rank 0 knows of another group; then of none, though torch remembers it on rank 1."""
+    group = dist.new_group([0], use_local_synchronization=True) if rank == 0 else None
+    ddp = wrap(LAYOUTS, torch.float32)
+    ddp.register_comm_hook(arc_topk.State(), arc_topk.arc_topk_hook)
+    gradients = gradients_of(world_size)[0][rank]
+    alone = message_of(lambda: backward(ddp, gradients))
+    if group is not None:
+        dist.destroy_process_group(group)
+    both = dist.new_group([0])
+    if rank == 0:
+        dist.destroy_process_group(both)
+    ddp = wrap(LAYOUTS, torch.float32)
+    ddp.register_comm_hook(arc_topk.State(), arc_topk.arc_topk_hook)
+    return alone, message_of(lambda: backward(ddp, gradients))
+
+
+def test_who_wants_to_be_told_tells_the_others() -> None:
+    with temporary(2, TIMEOUT) as pool:
+        (zero, again), (one, once_more) = pool.run(in_a_group_of_its_own)
+    assert "not bound" in zero and "failed on rank 0" in one and "not bound" in one
+    assert again == "" and once_more == ""
+
+
+def bind_elsewhere(rank: int, world_size: int) -> str:
+    mine = [dist.new_group([member]) for member in range(world_size)][rank]
+    state = arc_topk.State(process_group=mine)
+    return message_of(lambda: state.bind(wrap(LAYOUTS, torch.float32)))
+
+
+def test_a_group_that_was_given_must_be_ddps() -> None:
+    with temporary(2, TIMEOUT) as pool:
+        for rank, text in enumerate(pool.run(bind_elsewhere)):
+            assert f"process_group of the ranks ({rank},), ddp's has (0, 1)" in text
 
 
 # --- several backwards an optimizer step ----------------------------------------------------------
@@ -293,30 +349,57 @@ def test_what_ef21_cannot_add_up_is_warned_about_once(
             assert f"feedback='{feedback}'" in texts[0] and "no_sync" in texts[0]
 
 
+def use_one_optimizer_for_long(rank: int, world_size: int) -> list[str]:
+    """Wrapped again and again, with other hooks behind ours: none may disturb a step."""
+    ddp = wrap(LAYOUTS, torch.float32)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    gradients = copy_to(DEVICE, gradients_of(world_size)[0][rank])
+    texts = []
+    for _ in range(3):
+        ddp = DistributedDataParallel(ddp.module)
+        arc_topk.register(ddp, feedback="ef21", optimizer=optimizer)
+        optimizer.register_step_post_hook(lambda *_: None)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for backwards in (1, 2, 2):
+                for _ in range(backwards):
+                    ddp(gradients).backward()
+                optimizer.step()
+        texts.append(" ".join(str(w.message) for w in caught if "arc_topk" in str(w.message)))
+    return texts
+
+
+def test_watching_an_optimizer_never_disturbs_its_steps(ranks: Ranks) -> None:
+    for texts in ranks.run(use_one_optimizer_for_long):
+        assert all(text.count("2 synchronised") == 1 for text in texts)
+
+
 # --- GradientExchange -----------------------------------------------------------------------------
 
 
 def refuse_on_one(
-    rank: int, world_size: int, wrong_at: int, compressor: str, feedback: str
+    rank: int, world_size: int, refused_on: int | None, compressor: str, feedback: str
 ) -> tuple[list[str], list[list[Tensor]]]:
-    """Step 1 is refused by one rank; then things go on as if it had not been."""
+    """Step 2 is refused by one rank, or left out by all."""
     tensors = [torch.zeros(8, 6), torch.zeros(5, dtype=torch.float64), torch.zeros(3)]
     exchange = arc_topk.GradientExchange(
         copy_to(DEVICE, tensors), compressor=compressor, feedback=feedback, ratio=0.5
     )
     generator = torch.Generator().manual_seed(rank)
     texts, outputs = [], []
-    for step in range(4):
+    for step in range(5):
         mine: list[Any] = [
             torch.randn(t.shape, generator=generator, dtype=t.dtype).to(DEVICE) for t in tensors
         ]
+        if step == 2 and refused_on is None:
+            continue
         given = list(mine)
-        if step == 1 and rank == wrong_at:
+        if step == 2 and rank == refused_on:
             given[2] = None
-        before = copy_to("cpu", mine)
+        before = [t.clone() for t in mine]
         texts.append(message_of(lambda given=given: exchange.all_reduce_(given)))
         if texts[-1]:
-            assert all(map(torch.equal, before, copy_to("cpu", mine)))
+            assert all(map(torch.equal, before, mine))
         else:
             outputs.append(copy_to("cpu", mine))
     return texts, outputs
@@ -329,12 +412,17 @@ def test_what_one_rank_refuses_is_refused_on_every_rank(
 ) -> None:
     results = pools.of(3).run(refuse_on_one, 1, compressor, feedback)
     for rank, (texts, outputs) in enumerate(results):
-        assert [bool(text) for text in texts] == [False, True, False, False]
-        assert "tensors[2] is None" in texts[1] and "none_as_zero" in texts[1]
-        assert ("failed on rank 1" in texts[1]) == (rank != 1)
+        assert [bool(text) for text in texts] == [False, False, True, False, False]
+        assert "tensors[2] is None" in texts[2] and "none_as_zero" in texts[2]
+        assert ("failed on rank 1" in texts[2]) == (rank != 1)
         for mine, first in zip(outputs, results[0][1], strict=True):
             for a, b in zip(mine, first, strict=True):
                 assert torch.equal(a, b) and a.isfinite().all()
+    if compressor in ("top_k", "dense"):  # the others draw by the step's number
+        without = pools.of(3).run(refuse_on_one, None, compressor, feedback)[0][1]
+        for mine, first in zip(results[0][1], without, strict=True):
+            for a, b in zip(mine, first, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def refuse_everything(rank: int, world_size: int) -> list[str]:
@@ -346,7 +434,7 @@ def refuse_everything(rank: int, world_size: int) -> list[str]:
     def broken() -> Any:
         yield torch.ones(3, 3, device=DEVICE)
         if rank == 0:
-            raise ValueError("the user's own")
+            raise RuntimeError("the user's own")
         yield torch.ones(4, device=DEVICE)
 
     exchange = arc_topk.GradientExchange(given())
@@ -357,6 +445,7 @@ def refuse_everything(rank: int, world_size: int) -> list[str]:
         given(b=torch.ones(4).to_sparse()),
         given(b=[1.0] * 4),
         given(c=torch.ones(4, device=DEVICE)),
+        given(b=torch.ones((), device=DEVICE).expand(4)),
         broken(),
     ]
     texts = [message_of(lambda w=w: exchange.all_reduce_(w)) for w in wrong]
@@ -366,7 +455,16 @@ def refuse_everything(rank: int, world_size: int) -> list[str]:
 
 def test_no_refusal_leaves_the_others_waiting(ranks: Ranks) -> None:
     zero, one = ranks.run(refuse_everything)
-    words = ["(5,)", "float64", "device 'meta'", "sparse", "a list", "3 tensors", "the user's own"]
+    words = [
+        "(5,)",
+        "float64",
+        "device 'meta'",
+        "sparse",
+        "a list",
+        "3 tensors",
+        "expanded",
+        "the user's own",
+    ]
     for word, mine, theirs in zip(words, zero, one, strict=True):
         assert word in mine and word in theirs and "failed on rank 0" in theirs
 
@@ -421,6 +519,44 @@ def test_what_cannot_be_served_is_refused_when_it_is_made(
 def make_with(rank: int, world_size: int, tensor: Any) -> str:
     second = tensor if rank == 0 else torch.zeros(3)
     return message_of(lambda: arc_topk.GradientExchange([torch.zeros(3), second]))
+
+
+def announce_other_strides(rank: int, world_size: int) -> str:
+    layout = torch.channels_last if rank == 1 else torch.contiguous_format
+    return message_of(
+        lambda: arc_topk.GradientExchange(
+            [torch.zeros(2, 3, 2, 2, device=DEVICE).to(memory_format=layout)]
+        )
+    )
+
+
+def test_strides_must_be_announced_alike(ranks: Ranks) -> None:
+    for text in ranks.run(announce_other_strides):
+        assert "the strides of tensor 0" in text and "(12, 4, 2, 1)" in text
+
+
+def with_another_frozen_one(rank: int, world_size: int) -> str:
+    ddp = wrap(LAYOUTS, torch.float32)
+    if rank == 0:
+        ddp.module.register_parameter("average", nn.Parameter(torch.zeros(2), requires_grad=False))
+    return message_of(lambda: arc_topk.register(ddp, compressor="rand_k"))
+
+
+def test_frozen_parameters_are_compared_too(ranks: Ranks) -> None:
+    """Their places count: Rand-K's draw goes by them."""
+    for text in ranks.run(with_another_frozen_one):
+        assert "the number of tensors differs" in text
+
+
+def register_beside_a_built_in_hook(rank: int, world_size: int) -> str:
+    ddp = wrap(LAYOUTS, torch.float32)
+    ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    return message_of(lambda: arc_topk.register(ddp))
+
+
+def test_a_built_in_hook_is_seen(ranks: Ranks) -> None:
+    for text in ranks.run(register_beside_a_built_in_hook):
+        assert "communication hook already" in text and "FP16_COMPRESS" in text
 
 
 def other_strides(rank: int, world_size: int) -> list[list[Tensor]]:
