@@ -1,12 +1,17 @@
 // The engine's life, on groups whose collectives end when a test says so.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <pthread.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <fstream>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -36,6 +41,7 @@ class GatedGroup final : public c10d::ProcessGroup {
 
   c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
                                            const c10d::AllreduceOptions&) override {
+    if (refuses) throw std::runtime_error("the group refuses");
     auto work = c10::make_intrusive<GatedWork>(tensors);
     const std::lock_guard lock(mutex_);
     ++collectives;
@@ -53,6 +59,7 @@ class GatedGroup final : public c10d::ProcessGroup {
   void close() { set(false); }
 
   std::atomic<int> collectives{0};
+  bool refuses = false;
   static inline std::atomic<int> gone{0};
 
  private:
@@ -285,6 +292,74 @@ TEST_F(LifecycleTest, ABucketsBufferIsNotHeldBetweenSteps) {
   Exchange averaging(dense, {group_, comm_});
   averaging.start(bucket.gradient, bucket.parameters, 0)->waitAndThrow();
   expect_let_go();
+}
+
+// Whatever fails once a bucket has begun may have changed its state, and leaves the other ranks in
+// a step that this one cannot meet: the engine has failed, and goes on behind stop() and resume().
+TEST_F(LifecycleTest, WhatFailsBehindTheBeginningFailsTheEngine) {
+  const OneBucket bucket;
+  group_->refuses = true;
+  Config dense;
+  dense.compressor = "dense";
+  engine_ = std::make_unique<Exchange>(dense, Groups{group_, comm_});
+  const std::string started = error_of([&] { start(bucket); });
+  expect_contains(started, "rank 0, bucket 3");
+  expect_contains(started, "the group refuses");
+  expect_contains(error_of([&] { start(bucket); }), "nothing is exchanged after this failure");
+  engine_ = std::make_unique<Exchange>(Config{}, Groups{group_, comm_});
+  const auto run = [&] { engine_->run(bucket.gradient, bucket.parameters); };
+  expect_contains(error_of(run), "the group refuses");
+  group_->refuses = false;
+  expect_contains(error_of(run), "nothing is exchanged after this failure");
+  engine_->stop();
+  engine_->resume({group_, comm_}, 1, /*afresh=*/false);
+  EXPECT_EQ(error_of(run), "");
+}
+
+// A thread's memory that cannot be had: of more than the process may have in all.
+class NoMemoryForThreads {
+ public:
+  NoMemoryForThreads() {
+    constexpr size_t kStack = size_t{1} << 30;
+    pthread_getattr_default_np(&before_);
+    pthread_attr_t large;
+    pthread_getattr_default_np(&large);
+    pthread_attr_setstacksize(&large, kStack);
+    pthread_setattr_default_np(&large);
+    pthread_attr_destroy(&large);
+    getrlimit(RLIMIT_AS, &limit_);
+    size_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    rlimit low = limit_;
+    low.rlim_cur = pages * static_cast<size_t>(sysconf(_SC_PAGESIZE)) + kStack / 2;
+    setrlimit(RLIMIT_AS, &low);
+  }
+  ~NoMemoryForThreads() {
+    setrlimit(RLIMIT_AS, &limit_);
+    pthread_setattr_default_np(&before_);
+    pthread_attr_destroy(&before_);
+  }
+
+ private:
+  pthread_attr_t before_;
+  rlimit limit_;
+};
+
+TEST_F(LifecycleTest, AThreadThatCannotBeHadIsAnErrorAndNothingIsQueued) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "sanitizers make threads in their own way";
+#endif
+  const OneBucket bucket;
+  {
+    const NoMemoryForThreads none;
+    expect_contains(error_of([&] { start(bucket); }), "bucket 3");
+  }
+  EXPECT_EQ(comm_->collectives, 0);
+  expect_contains(error_of([&] { start(bucket); }), "nothing is exchanged after this failure");
+  engine_->stop();
+  engine_->resume({group_, comm_}, 0, /*afresh=*/false);
+  start(bucket)->waitAndThrow();
+  EXPECT_EQ(comm_->collectives, 2);
 }
 
 TEST_F(LifecycleTest, AStateKeepsNoParameterAlive) {
