@@ -80,7 +80,7 @@ tsan: $(DEPENDENCIES) ## C++ tests that have threads, under ThreadSanitizer
 	TSAN_OPTIONS="halt_on_error=0 suppressions=tests/cpp/tsan.supp" setarch -R build/tsan/tests/cpp/arc_topk_tests --gtest_brief=1
 
 # It builds by itself, so that a build that fails is one line of its table.
-gpu-check: $(DEPENDENCIES) ## all that needs a GPU, in 9 minutes: table and JSON in OUT (build/gpu-check)
+gpu-check: $(DEPENDENCIES) ## all that needs a GPU, in 15 minutes: table and JSON in OUT (build/gpu-check)
 	$(PY) tests/gpu/check.py $(ARGS)
 
 golden: build ## record the hashes of results anew: see tests/python/test_golden.py

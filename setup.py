@@ -204,11 +204,24 @@ def build(cmake: str, torch: str, prefix: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would overwrite each other's objects
-        run(*configure, "--log-level=WARNING", quiet=True)
+        run_configure(folder, *configure, "--log-level=WARNING")
         run(cmake, "--build", str(folder), "--parallel", jobs)
         run(*install, str(prefix), "--component", "python", quiet=True)
         if os.environ.get("ARC_TOPK_TESTS"):
             run(*install, str(ROOT / "build"), "--component", "tests", quiet=True)
+
+
+def run_configure(folder: Path, *command: str) -> None:
+    """Runs CMake. A first time that fails leaves nothing, which would keep the compiler refused."""
+    cache = folder / "CMakeCache.txt"
+    first = not cache.exists()
+    try:
+        run(*command, quiet=True)
+    except SystemExit:
+        if first:
+            cache.unlink(missing_ok=True)
+            shutil.rmtree(folder / "CMakeFiles", ignore_errors=True)
+        raise
 
 
 def run(*command: str, quiet: bool = False) -> None:

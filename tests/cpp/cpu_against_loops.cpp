@@ -40,7 +40,10 @@ std::vector<const cpu::Rows*> all_tables() {
   return {found, found + cpu::tables(found)};
 }
 
-const cpu::CpuKernels& best() { return cpu::kernels_with(*all_tables().back()); }
+const cpu::CpuKernels& best() {
+  const cpu::Rows* found[cpu::kMaxTables];
+  return cpu::kernels_with(*found[cpu::tables(found) - 1]);
+}
 
 namespace {
 

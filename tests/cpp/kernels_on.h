@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "kernels/kernels.h"
 
@@ -12,6 +13,6 @@ namespace arc_topk::testing {
 std::string kernels_asked_for();
 
 // On buckets in host memory, by way of OnDevice. Throws where they cannot be run.
-const Kernels& kernels_on(const std::string& name);
+const Kernels& kernels_on(std::string_view name);
 
 }  // namespace arc_topk::testing

@@ -92,8 +92,42 @@ def test_sanitizers_look_at_our_kernels_and_at_memory_that_is_not_cached(tmp_pat
     found = [s for s in check.steps(tmp_path) if "sanitizer" in s.name]
     assert len(found) == len(check.SANITIZERS)
     for step in found:
-        assert "kernel_substring=arc_topk" in step.command
+        of_all = "initcheck" in step.name  # which must see who writes what our kernels read
+        assert ("kernel_substring=arc_topk" in step.command) == (not of_all)
         assert step.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+COPY = """========= Host API memory access error at host access to 0x7f00 of size 20 bytes
+=========     Uninitialized access to 0x7f00 on access by cudaMemcpy source
+"""
+READ = """========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void {}::Pack<float>::run(Bucket)+0x250 in pack.h:31
+=========     by thread (0,0,0) in block (0,0,0)
+"""
+END = "========= ERROR SUMMARY: 3 errors\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "complaint"),
+    [
+        (COPY + READ.format("ncclKernel") + END, None),
+        (COPY, "the log has no summary"),
+        (
+            COPY + READ.format("arc_topk::cuda") * 2 + END,
+            "2 reads of memory never written, the first at void arc_topk::cuda::Pack<float>"
+            "::run(Bucket)+0x250 in pack.h:31",
+        ),
+    ],
+)
+def test_initcheck_counts_what_our_kernels_read(
+    tmp_path: Path, log: str, complaint: str | None
+) -> None:
+    assert check.uninitialized_reads(log) == complaint
+    command = [sys.executable, "-c", f"print({log!r})"]
+    step = check.Step("initcheck", command, 20, complaint=check.uninitialized_reads)
+    outcome = check.run(step, tmp_path / "log", 20)
+    assert outcome.result == ("failed" if complaint else "passed")
+    assert complaint is None or outcome.detail == complaint
 
 
 def test_compiles_for_the_gpu_that_is_there() -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import arc_topk
+from arc_topk import _C
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "pip install --no-build-isolation -e ."
@@ -81,6 +83,48 @@ def test_torch_is_no_build_requirement():
     text = (ROOT / "pyproject.toml").read_text()
     assert text.count("requires = [") == 1
     assert 'requires = ["setuptools>=77"]' in text
+
+
+def test_a_compiler_with_a_libstdcxx_of_its_own_is_refused(tmp_path):
+    """What it builds crashes at the first number that is written into a message."""
+    compiler = tmp_path / "own-g++"
+    compiler.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n')
+    compiler.chmod(0o755)
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def build(compiler: str) -> str:
+        command = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
+        done = run(*command, cwd=tmp_path, CXX=compiler, ARC_TOPK_CUDA="0")
+        assert done.returncode != 0  # there are no sources
+        return " ".join(done.stderr.split())
+
+    refused = f"{compiler} links libstdc++ statically"
+    said = build(str(compiler))
+    assert refused in said
+    assert "name another g++ with CXX=" in said
+    assert "statically" not in build("g++"), "the compiler refused is kept"
+
+
+def test_one_compiler_serves_both_halves(tmp_path, setup):
+    """CUDAHOSTCXX is no second one: its libraries would come into the link."""
+    nvcc = setup["find_nvcc"]()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    other = tmp_path / "other-g++"
+    other.write_text('#!/bin/sh\nexec g++ "$@"\n')
+    other.chmod(0o755)
+    cmake = (setup["check_tools"](), "-S", str(ROOT), "-B", str(tmp_path / "build"))
+    options = (f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPython_EXECUTABLE={sys.executable}")
+    done = run(*cmake, *options, cwd=tmp_path, CUDAHOSTCXX=str(other))
+    assert done.returncode == 0, done.stderr
+    texts = [file.read_text() for file in (tmp_path / "build").rglob("*.cmake")]
+    assert any(nvcc in text for text in texts)
+    assert not any(str(other) in text for text in texts)
+
+
+def test_libstdcxx_is_torchs_own():
+    assert b"\0libstdc++.so.6\0" in Path(_C.__file__).read_bytes()
 
 
 @pytest.mark.parametrize("version", ["2.10.2", "1.13.1+cpu", "2.9.0a0+gitabc"])
