@@ -68,9 +68,10 @@ asan: $(DEPENDENCIES) ## C++ tests, and real DDP for a minute, under AddressSani
 	$(call SANITIZED,address)
 	cmake --build build/asan --target arc_topk_tests _C
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 build/asan/tests/cpp/arc_topk_tests --gtest_brief=1
-	@mkdir -p build/asan/python/arc_topk/reference
+	@mkdir -p build/asan/python/arc_topk/reference build/asan/python/arc_topk/checkpoint
 	cp arc_topk/*.py build/asan/_C*.so build/asan/_built_for_torch.txt build/asan/python/arc_topk/
 	cp arc_topk/reference/*.py build/asan/python/arc_topk/reference/
+	cp arc_topk/checkpoint/*.py build/asan/python/arc_topk/checkpoint/
 	$(LIBRARIES_FIRST) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH=build/asan/python $(PY) tests/python/sanitized.py
 

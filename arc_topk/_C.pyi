@@ -27,6 +27,9 @@ class Config:
     compress_without_gain: bool
     """For tests alone: compress where plain averaging would send fewer bytes, as at ratio 1."""
 
+Parts = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, bool]
+"""A parameter's error feedback: own_a, own_b, shared, of its shape on the CPU; EF21: started."""
+
 class Exchange:
     """The engine of one list of parameters: its error feedback and the thread of its collectives.
 
@@ -85,6 +88,15 @@ class Exchange:
         ``afresh``: EF21 and EF21M begin with a dense step again.
         """
 
+    def snapshot(self) -> tuple[list[tuple[str, Parts | None]], int, int]:
+        """Error feedback by parameter, in the order of `bind`; steps; compressed steps.
+
+        Copies, between two steps: RuntimeError while a bucket is in the air.
+        """
+
+    def restore(self, slots: list[Parts | None], exchanges: int, compressed: int) -> None:
+        """Takes back what `snapshot` gave, a parameter each; RuntimeError as there."""
+
     def metrics(self) -> dict[str, Any]: ...
     def reset_metrics(self) -> None: ...
     @property
@@ -93,6 +105,9 @@ class Exchange:
 
 def register_comm_hook(reducer: Reducer, exchange: Exchange) -> None:
     """Registers the native hook on a DDP reducer. Once per reducer, before its first backward."""
+
+def parts_of(config: Config, compressed: bool) -> tuple[int, bool]:
+    """How many own parts, and whether a shared one, the error feedback of a tensor has."""
 
 def describe(
     config: Config,

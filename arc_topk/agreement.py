@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -14,7 +14,8 @@ from arc_topk.groups import current
 from arc_topk.meeting import WAIT, meet
 
 Sizes = tuple[int, ...]
-Tensors = Sequence[tuple[str, Sizes, str, Sizes]]
+_Tensor = tuple[str, Sizes, str, Sizes]
+Tensors = Sequence[_Tensor]
 
 
 def describe_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> Tensors:
@@ -41,6 +42,7 @@ def agree(
     call: str,
     wait: timedelta,
     device: torch.device,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Compares configuration and tensors across the ranks of ``group``: a collective.
 
@@ -53,6 +55,7 @@ def agree(
         call: what the user has called, for messages.
         wait: for ranks that are not there yet.
         device: where the group's collectives may put what they send.
+        facts: more that must be the same, by what it is called in messages.
 
     Raises:
         RuntimeError: on every rank that was there, if some were not.
@@ -60,15 +63,16 @@ def agree(
             values.
     """
     fields = {} if config is None else {k: str(v) for k, v in vars(config).items()}
-    mine = (None if error is None else f"{type(error).__name__}: {error}", fields, list(tensors))
-    ranks: list[tuple[str | None, dict[str, str], list[tuple[str, Sizes, str, Sizes]]]]
+    told = None if error is None else f"{type(error).__name__}: {error}"
+    mine = (told, fields, list(tensors), dict(facts or {}))
+    ranks: list[tuple[str | None, dict[str, str], list[_Tensor], dict[str, str]]]
     ranks = [mine] * dist.get_world_size(group)
     _meet(group, call, wait, error)
     with current(device):
         dist.all_gather_object(ranks, mine, group=group)
     if error is not None:
         raise error
-    for rank, (theirs, _, _) in enumerate(ranks):
+    for rank, (theirs, *_) in enumerate(ranks):
         if theirs is not None:
             raise ValueError(f"arc_topk: {call} failed on rank {rank}: {theirs}")
     for field in dataclasses.fields(Config):
@@ -77,6 +81,9 @@ def agree(
     for i, tensor in enumerate(mine[2]):
         for what, j in (("name", 0), ("shape", 1), ("dtype", 2), ("strides", 3)):
             _equal(f"the {what} of tensor {i} ('{tensor[0]}')", [str(r[2][i][j]) for r in ranks])
+
+    for what in dict.fromkeys(what for rank in ranks for what in rank[3]):
+        _equal(what, [rank[3].get(what, "none") for rank in ranks])
 
 
 def _meet(group: dist.ProcessGroup, call: str, wait: timedelta, error: Exception | None) -> None:

@@ -11,13 +11,15 @@ from typing_extensions import Unpack
 
 from arc_topk import _C
 from arc_topk.agreement import agree, describe_tensors
+from arc_topk.checkpoint import ErrorFeedback
+from arc_topk.checkpoint.holder import Holder
 from arc_topk.config import Config, Fields, config_from
 from arc_topk.groups import current, default_group, own_transport, timeout_of
 from arc_topk.plan import Plan, make_plan
 from arc_topk.servable import on_two_devices, unservable
 
 
-class GradientExchange:
+class GradientExchange(ErrorFeedback):
     """Averages a fixed list of tensors over ranks, with compression and error feedback.
 
     A collective to make: every rank passes the same shapes and dtypes in the same order::
@@ -79,9 +81,9 @@ class GradientExchange:
         self._buckets = [
             _FlatBucket(self._keys, dtype, device) for dtype in {t.dtype: None for t in given}
         ]
-        self._engine = _C.Exchange(self.config.native(), group)
-        names = [f"tensor {i}" for i in range(len(self._keys))]
-        self._engine.bind(self._keys, names, may_be_unused=False)
+        self._engine: _C.Exchange = _C.Exchange(self.config.native(), group)
+        self._names = [f"tensor {i}" for i in range(len(self._keys))]
+        self._engine.bind(self._keys, self._names, may_be_unused=False)
 
     def all_reduce_(
         self, tensors: Iterable[torch.Tensor | None], *, none_as_zero: bool = False
@@ -142,6 +144,11 @@ class GradientExchange:
         for rank, theirs in enumerate(texts):
             if theirs is not None:
                 raise ValueError(f"arc_topk: all_reduce_() failed on rank {rank}: {theirs}")
+
+    def _holder(self) -> Holder:
+        trained = [torch.empty_like(key, requires_grad=True) for key in self._keys]
+        tensors = list(zip(self._names, trained, strict=True))
+        return Holder("GradientExchange", self.config, self._group, self._device, tensors)
 
     def plan(self) -> Plan:
         """What is done with each tensor, and the bytes of a compressed step."""

@@ -14,6 +14,10 @@ from typing_extensions import Unpack
 from arc_topk import _C
 from arc_topk.accumulation import warn_of_accumulation
 from arc_topk.agreement import agree, describe_tensors
+from arc_topk.checkpoint import ErrorFeedback
+from arc_topk.checkpoint.contents import StateDict, empty, meta_of
+from arc_topk.checkpoint.holder import Holder
+from arc_topk.checkpoint.loading import Loaded, load
 from arc_topk.checks import ddp_in, unservable_parameter
 from arc_topk.config import Config, Fields, config_from
 from arc_topk.groups import (
@@ -29,7 +33,7 @@ from arc_topk.meeting import WAIT
 from arc_topk.plan import Plan, make_plan
 
 
-class State:
+class State(ErrorFeedback):
     """The configuration and, from its first use on, the engine with its error feedback.
 
     One object per rank and DDP instance. `register` makes it; make it yourself only for the
@@ -40,7 +44,8 @@ class State:
         state.bind(ddp)
 
     Until it is bound or sees its first bucket it touches no process group, and it can be pickled;
-    what is pickled is the configuration, not the error feedback.
+    what is pickled is the configuration, not the error feedback. That goes into checkpoints by
+    `state_dict` and `load_state_dict`, or `save` and `load`.
 
     Args:
         config: how gradients are averaged; or give its fields as keywords.
@@ -61,17 +66,20 @@ class State:
     ) -> None:
         self.config = config_from(config, fields)
         self._group = process_group
-        # Shapes only: a state keeps no model alive.
-        self._named: list[tuple[str, torch.Tensor]] | None = None
+        # Shapes only: a state keeps no model alive. With those that are frozen now.
+        self._every: list[tuple[str, torch.Tensor]] | None = None
+        # Loaded before there was anything to load it into.
+        self._pending: tuple[StateDict, bool] | None = None
         self._engine: _C.Exchange | None = None
         self._transport: Transport | None = None
+        self._device: torch.device | None = None
 
     def __repr__(self) -> str:
         config = self.config
         what = f"{config.compressor}, {config.feedback}, ratio={config.ratio:g}"
         if self._group is None or self._transport is None or self._engine is None:
             return f"<arc_topk.State: {what}; not bound yet>"
-        parameters = f"{len(self._named)} parameters, " if self._named is not None else ""
+        parameters = f"{len(self._named())} parameters, " if self._every is not None else ""
         return (
             f"<arc_topk.State: {what}; {parameters}{self._group.size()} ranks over "
             f"{self._transport.name}, {self._steps()} steps>"
@@ -113,13 +121,17 @@ class State:
         Raises:
             RuntimeError: not bound to a DDP instance yet.
         """
-        if self._named is None:
+        if self._every is None:
             raise RuntimeError(
                 "State.plan() needs the parameters: call state.bind(ddp) or use register(ddp)"
             )
         assert self._transport is not None
         world_size = dist.get_world_size(self._group)
-        return make_plan(self.config, self._named, world_size, self._transport.name)
+        return make_plan(self.config, self._named(), world_size, self._transport.name)
+
+    def _named(self) -> list[tuple[str, torch.Tensor]]:
+        """The parameters that are trained."""
+        return [(name, p) for name, p in self._every or [] if p.requires_grad]
 
     def metrics(self) -> dict[str, Any]:
         """Sums over this rank's steps since the beginning or `reset_metrics`.
@@ -139,6 +151,29 @@ class State:
             raise RuntimeError("State.metrics() has nothing yet: bind(ddp) or run a step first")
         assert self._transport is not None
         return {**self._engine.metrics(), "transport": self._transport.name}
+
+    def state_dict(self, *, gather: bool = True) -> StateDict:
+        """See `ErrorFeedback.state_dict`. Before `bind` there are no parameters to tell of."""
+        if self._engine is None:
+            return empty(self.config) if self._pending is None else self._pending[0]
+        return super().state_dict(gather=gather)
+
+    def load_state_dict(self, state_dict: StateDict, *, drop_residuals: bool = False) -> None:
+        """See `ErrorFeedback.load_state_dict`. Before `bind`, `bind` checks it and raises."""
+        if self._engine is None:
+            meta_of(state_dict)
+            self._pending = (state_dict, drop_residuals)
+            return
+        super().load_state_dict(state_dict, drop_residuals=drop_residuals)
+
+    def _holder(self) -> Holder:
+        if self._engine is None or self._every is None:
+            raise RuntimeError(
+                "arc_topk: the State is not bound, its parameters have no names; expected "
+                "state.bind(ddp), or register(ddp), before error feedback is saved or loaded"
+            )
+        assert self._group is not None and self._device is not None
+        return Holder("State", self.config, self._group, self._device, self._every)
 
     def _steps(self) -> int:
         return 0 if self._engine is None else self._engine.steps
@@ -181,6 +216,7 @@ class State:
         moved = mine.group not in (None, _members(group))
         self._group = group
         self._transport = transport_of(group, device)
+        self._device = device
         engine = self._engine
         if engine is None:
             engine = _C.Exchange(self.config.native(), group)
@@ -214,13 +250,15 @@ class State:
             warnings.warn(
                 "arc_topk: a copy of this State is its configuration only; the error feedback of "
                 f"{self._engine.metrics()['steps']} steps is not in it, and training that goes on "
-                "from the copy begins with none. Keep this State, and bind() it to the new model",
+                "from the copy begins with none. Use state.state_dict() or state.save(folder), or "
+                "keep this State and bind() it to the new model",
                 stacklevel=2,
             )
-        return {"config": self.config}
+        return {"config": self.config, "pending": self._pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
+        self._pending = state["pending"]
 
 
 @dataclass(frozen=True)
@@ -261,10 +299,14 @@ def bind_together(
         if name not in ddp.parameters_to_ignore
     ]
     named = [(name, parameter) for name, parameter in every if parameter.requires_grad]
+    loaded: Loaded | None = None
     try:
         error = error or unservable_parameter(ddp, named)
         if error is None and state is not None:
             error = _unbindable(state, ddp, every)
+            if error is None and state._pending is not None:
+                holder = Holder("State", state.config, ddp.process_group, ddp.device, every)
+                loaded = load(holder, *state._pending)
     except Exception as found:  # whatever it is: the other ranks must learn of it
         error = found
     group, device = ddp.process_group, ddp.device
@@ -272,13 +314,31 @@ def bind_together(
     if state is None or state._engine is None:  # a used one may come out of a step that failed
         wait = min(wait, WAIT)
     config = state.config if state else None
-    agree(config, describe_tensors(every), error, group, call=call, wait=wait, device=device)
+    agree(
+        config,
+        describe_tensors(every),
+        error,
+        group,
+        call=call,
+        wait=wait,
+        device=device,
+        facts=loaded.facts if loaded else None,
+    )
     assert state is not None  # else there was an error
     # With these DDP throws away what parameters get that no rank has used.
     may_be_unused = ddp.find_unused_parameters or ddp.static_graph
     state._go_on(group, device, every, may_be_unused)
-    state._named = [(name, torch.empty_like(p, device="meta")) for name, p in named]
+    state._every = [(name, _shape_of(parameter)) for name, parameter in every]
+    if loaded is not None:
+        assert state._engine is not None
+        loaded.into(state._engine)
+        state._pending = None
     return state
+
+
+def _shape_of(parameter: torch.Tensor) -> torch.Tensor:
+    like = torch.empty_like(parameter, device="meta")
+    return like.requires_grad_(parameter.requires_grad)
 
 
 def _unbindable(

@@ -78,6 +78,33 @@ py::dict as_dict(const Metrics& m) {
   return dict;
 }
 
+// A parameter's error feedback as Python has it: own_a, own_b, shared, started.
+using Part = std::optional<at::Tensor>;
+using Parts = std::tuple<Part, Part, Part, bool>;
+
+Part part(const at::Tensor& tensor) { return tensor.defined() ? Part(tensor) : std::nullopt; }
+
+py::tuple parts(const std::string& name, const std::optional<Kept>& kept) {
+  if (!kept) return py::make_tuple(name, py::none());
+  return py::make_tuple(
+      name, Parts(part(kept->own_a), part(kept->own_b), part(kept->shared), kept->started));
+}
+
+std::optional<Kept> kept_of(const std::optional<Parts>& parts) {
+  if (!parts) return std::nullopt;
+  const auto& [own_a, own_b, shared, started] = *parts;
+  return Kept{own_a.value_or(at::Tensor()), own_b.value_or(at::Tensor()),
+              shared.value_or(at::Tensor()), started};
+}
+
+// How many own parts, and whether a shared one, a tensor has.
+py::tuple parts_of(const Config& config, bool compressed) {
+  const int own = compressed ? own_states(config.feedback) : 0;
+  const bool shared =
+      shares_estimate(config.feedback) && (compressed || has_momentum(config.feedback));
+  return py::make_tuple(own, shared);
+}
+
 // What make_plan() would decide of one tensor: (rows, cols, kept, wire, dense, state bytes,
 // reason).
 py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
@@ -142,6 +169,22 @@ PYBIND11_MODULE(_C, module) {
             exchange.resume({group, comm_group}, exchanges, afresh);
           },
           py::arg("group"), py::arg("comm_group"), py::arg("exchanges"), py::arg("afresh"))
+      .def("snapshot",
+           [](Exchange& exchange) {
+             const Exchange::Saved saved = exchange.snapshot();
+             py::list slots;
+             for (const auto& [name, kept] : saved.slots) slots.append(parts(name, kept));
+             return py::make_tuple(slots, saved.exchanges, saved.compressed);
+           })
+      .def(
+          "restore",
+          [](Exchange& exchange, const std::vector<std::optional<Parts>>& slots, uint64_t exchanges,
+             uint64_t compressed) {
+            std::vector<std::optional<Kept>> kept;
+            for (const auto& parts : slots) kept.push_back(kept_of(parts));
+            exchange.restore(std::move(kept), exchanges, compressed);
+          },
+          py::arg("slots"), py::arg("exchanges"), py::arg("compressed"))
       .def("metrics", [](const Exchange& exchange) { return as_dict(exchange.metrics()); })
       .def("reset_metrics", &Exchange::reset_metrics)
       .def_property_readonly("steps", &Exchange::steps);
@@ -152,6 +195,7 @@ PYBIND11_MODULE(_C, module) {
         reducer->register_comm_hook(std::make_unique<CommHook>(std::move(exchange)));
       },
       py::arg("reducer"), py::arg("exchange"));
+  module.def("parts_of", &parts_of, py::arg("config"), py::arg("compressed"));
   module.def("describe", &describe, py::arg("config"), py::arg("sizes"), py::arg("strides"),
              py::arg("dtype"), py::arg("world_size"));
   module.def("cpu_isa", &cpu_isa);

@@ -116,9 +116,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--save-every", type=int, default=0, metavar="STEPS", help="... and every so many steps")
     add("--resume", type=Path, metavar="FILE",
-        help="go on from a checkpoint: model, optimizer, schedule, place in the data and random "
-        "numbers. The compressor's own state is not saved: its error feedback starts empty, so "
-        "the loss may rise for a few steps. Another --ranks and --steps is fine")  # fmt: skip
+        help="go on from a checkpoint: model, optimizer, schedule, place in the data, random "
+        "numbers and error feedback. Another --ranks, --steps, --compressor or --ratio is fine; "
+        "--feedback must be the same")  # fmt: skip
 
     group = p.add_argument_group("demo")
     add = group.add_argument
@@ -166,7 +166,7 @@ def train(options: argparse.Namespace, title: str = "train") -> Outcome:
     )
     schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, options.warmup, options.steps))
 
-    training = Training(model, optimizer, schedule, data)
+    training = Training(model, optimizer, schedule, data, state)
     if options.resume:
         training.load(options.resume)
         if training.step >= options.steps:
@@ -179,10 +179,7 @@ def train(options: argparse.Namespace, title: str = "train") -> Outcome:
     step_ms: list[float] = []
     with Log(title, first, options.steps, options.csv, options.tensorboard, rank == 0) as log:
         if options.resume:
-            log.say(
-                f"resumed {options.resume} at step {first}; the compressor's own state is not in "
-                "it: error feedback starts empty"
-            )
+            log.say(f"resumed {options.resume} at step {first}, error feedback included")
         while training.step < options.steps:
             started = time.perf_counter()
             learning_rate = schedule.get_last_lr()[0]
@@ -254,6 +251,7 @@ class Training:
     optimizer: AdamW
     schedule: LambdaLR
     data: Windows
+    state: arc_topk.State
     step: int = 0
 
     def save(self, path: Path) -> None:
@@ -261,6 +259,7 @@ class Training:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         random_states: list[Any] = [None] * ranks
         dist.gather_object(torch.get_rng_state(), random_states if rank == 0 else None)
+        error_feedback = self.state.state_dict()  # of all ranks, on rank 0
         if rank == 0:
             content = {
                 "step": self.step,
@@ -269,6 +268,7 @@ class Training:
                 "schedule": self.schedule.state_dict(),
                 "position": self.data.position,
                 "random_states": random_states,
+                "error_feedback": error_feedback,
             }
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
@@ -281,8 +281,13 @@ class Training:
 
         Raises:
             RuntimeError: the checkpoint's model has other shapes (load_state_dict names them).
+            RunFailedError: it was saved with another --feedback, or is not whole.
         """
         content = torch.load(path, weights_only=True)
+        try:
+            self.state.load_state_dict(content["error_feedback"])
+        except ValueError as error:
+            raise RunFailedError(f"--resume {path}: {error}") from error
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])

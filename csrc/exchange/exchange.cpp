@@ -1,5 +1,6 @@
 #include "exchange/exchange.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -132,6 +133,42 @@ void Exchange::resume(Groups groups, uint64_t exchanges, bool afresh) {
   shared_.projection.forget();
   shared_.streams.reset();
   shared_.lifecycle.open();
+}
+
+// --- checkpoints
+// -----------------------------------------------------------------------------------
+
+// The caller's stream waits for what is queued; what still needs the host is refused.
+void Exchange::settle_between_steps() {
+  for (auto& [state, exchange] : exchanges_) {
+    if (exchange->busy()) {
+      throw std::runtime_error(
+          "arc_topk: a bucket is still being exchanged; expected error feedback to be saved and "
+          "loaded between two steps, behind backward()");
+    }
+    exchange->settle();
+  }
+}
+
+Exchange::Saved Exchange::snapshot() {
+  const auto entered = enter();
+  settle_between_steps();
+  const Standing standing = shared_.store.standing();
+  Saved saved;
+  saved.slots = shared_.store.snapshot();
+  for (const uint64_t exchanges : standing.exchanges) {
+    saved.exchanges = std::max(saved.exchanges, exchanges);
+  }
+  saved.compressed = shared_.store.compressed();
+  return saved;
+}
+
+void Exchange::restore(std::vector<std::optional<Kept>> kept, uint64_t exchanges,
+                       uint64_t compressed) {
+  const auto entered = enter();
+  settle_between_steps();
+  shared_.store.restore(std::move(kept), exchanges, compressed,
+                        [this](BucketState& old) { exchanges_.erase(&old); });
 }
 
 // --- metrics

@@ -49,6 +49,17 @@ class Exchange {
   // StateStore::resume().
   void resume(Groups groups, uint64_t exchanges, bool afresh);
 
+  // --- checkpoints: between two steps, or std::runtime_error ---
+  // StateStore::snapshot(), with the steps done so far.
+  struct Saved {
+    std::vector<std::pair<std::string, std::optional<Kept>>> slots;
+    uint64_t exchanges = 0;
+    uint64_t compressed = 0;
+  };
+  Saved snapshot();
+  // StateStore::restore().
+  void restore(std::vector<std::optional<Kept>> kept, uint64_t exchanges, uint64_t compressed);
+
   // Reads back what devices have summed up: waits for them. From any thread.
   Metrics metrics() const;
   void reset_metrics();
@@ -60,6 +71,7 @@ class Exchange {
   std::unique_lock<std::mutex> enter();
   BucketExchange& exchange_of(const at::Tensor& buffer, const Parameters& parameters);
   void drain();
+  void settle_between_steps();
   void halt() noexcept;
 
   Shared shared_;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <unordered_set>
 #include <utility>
 
 #include "compress/make_plan.h"
@@ -15,19 +16,24 @@ std::string quoted(const std::string& name) { return name.empty() ? name : "'" +
 
 std::string text_of(at::IntArrayRef sizes) { return c10::str(sizes); }
 
-// Values of one tensor from one arena into another, each as it lies there.
+// One tensor's part of an arena, as it lies there.
+at::Tensor part_of(const at::Tensor& arena, int64_t offset, const Layout& layout) {
+  return arena.as_strided(layout.sizes, layout.strides, offset);
+}
+
+// Values of one tensor from one arena into another.
 void carry(const at::Tensor& to, int64_t to_offset, const Layout& to_layout, const at::Tensor& from,
            int64_t from_offset, const Layout& from_layout) {
   if (!to.defined() || !from.defined()) return;
-  to.as_strided(to_layout.sizes, to_layout.strides, to_offset)
-      .copy_(from.as_strided(from_layout.sizes, from_layout.strides, from_offset));
+  part_of(to, to_offset, to_layout).copy_(part_of(from, from_offset, from_layout));
 }
 
 // Puts the first element of h in its place where NaN stands for it in `old`: see
 // Kernels::publish().
-void give_back(const at::Tensor& h, const Segment& here, const BucketState& old, int64_t there) {
-  if (!h.defined() || !old.withheld.defined() || here.numel == 0) return;
-  at::Tensor first = h.narrow(0, here.offset, 1);
+void give_back(const at::Tensor& h, int64_t here, int64_t numel, const BucketState& old,
+               int64_t there) {
+  if (!h.defined() || !old.withheld.defined() || numel == 0) return;
+  at::Tensor first = h.narrow(0, here, 1);
   first.copy_(at::where(old.is_withheld.narrow(0, there, 1).to(first.device()),
                         old.withheld.narrow(0, there, 1).to(first.options()), first));
 }
@@ -62,43 +68,47 @@ std::vector<StateStore::Slot> StateStore::rebound(const Parameters& parameters,
     if (!slot.name.empty()) by_name.emplace(slot.name, &slot);
   }
   std::vector<Slot> slots;
-  size_t taken = 0;
+  std::unordered_set<const Slot*> taken;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const at::Tensor& parameter = parameters[i];
     Slot slot{names[i], c10::weak_intrusive_ptr<c10::TensorImpl>(parameter.getIntrusivePtr())};
     const auto named = by_name.find(names[i]);
     const Slot* old = named != by_name.end() ? named->second : slot_of(parameter);
-    if (old != nullptr && old->bucket != nullptr) {
-      const Layout& layout = old->bucket->layouts[old->index];
-      if (parameter.sizes() != at::IntArrayRef(layout.sizes)) {
+    if (old != nullptr && old->has_state()) {
+      if (parameter.sizes() != old->sizes()) {
         throw std::invalid_argument(
             "arc_topk: parameter '" + names[i] + "' has shape " + text_of(parameter.sizes()) +
-            ", but its error feedback is of shape " + text_of(layout.sizes) +
+            ", but its error feedback is of shape " + text_of(old->sizes()) +
             "; expected the same shape: make a new State for another model");
       }
       slot.bucket = old->bucket;
       slot.index = old->index;
-      ++taken;
+      slot.kept = old->kept;
+      taken.insert(old);
     }
     slots.push_back(std::move(slot));
   }
-  const auto has_state = [](const Slot& slot) { return slot.bucket != nullptr; };
-  if (taken == static_cast<size_t>(std::count_if(slots_.begin(), slots_.end(), has_state))) {
-    return slots;
-  }
   const auto left = std::find_if(slots_.begin(), slots_.end(), [&](const Slot& old) {
-    return has_state(old) && std::none_of(slots.begin(), slots.end(), [&](const Slot& slot) {
-             return slot.bucket == old.bucket && slot.index == old.index;
-           });
+    return old.has_state() && taken.count(&old) == 0;
   });
+  if (left == slots_.end()) return slots;
   throw std::invalid_argument(
       "arc_topk: there is error feedback of parameter " +
-      (left->name.empty()
-           ? "of shape " + text_of(left->bucket->layouts[left->index].sizes) + " that has no name"
-           : "'" + left->name + "'") +
+      (left->name.empty() ? "of shape " + text_of(left->sizes()) + " that has no name"
+                          : "'" + left->name + "'") +
       ", which the model to bind to does not have; expected the model that the state was used "
       "with: "
       "make a new State for another one");
+}
+
+at::IntArrayRef StateStore::Slot::sizes() const {
+  if (bucket != nullptr) return bucket->layouts[index].sizes;
+  return kept->own_a.defined() ? kept->own_a.sizes() : kept->shared.sizes();
+}
+
+bool StateStore::Slot::has_residual() const {
+  if (bucket == nullptr) return kept && kept->own_a.defined();
+  return bucket->own_a.defined() && bucket->plan.segments[index].compressed();
 }
 
 void StateStore::check_bind(const Parameters& parameters,
@@ -123,9 +133,16 @@ Standing StateStore::standing() const {
   for (const Slot& slot : slots_) {
     standing.exchanges.push_back(slot.bucket == nullptr ? first_exchange_
                                                         : slot.bucket->progress->exchanges.load());
-    standing.started.push_back(slot.bucket != nullptr && slot.bucket->started);
+    standing.started.push_back(slot.bucket != nullptr ? slot.bucket->started
+                                                      : slot.kept && slot.kept->started);
   }
   return standing;
+}
+
+uint64_t StateStore::compressed() const {
+  uint64_t most = first_compressed_;
+  for (const auto& [bucket, owned] : buckets_) most = std::max(most, bucket->compressed);
+  return most;
 }
 
 void StateStore::resume(uint64_t exchanges, bool afresh) {
@@ -134,6 +151,57 @@ void StateStore::resume(uint64_t exchanges, bool afresh) {
     owned.state->progress->exchanges = exchanges;
     if (afresh) owned.state->started = false;
   }
+  for (Slot& slot : slots_) {
+    if (afresh && slot.kept) slot.kept->started = false;
+  }
+}
+
+// --- checkpoints
+// ----------------------------------------------------------------------------------
+
+Kept StateStore::copy_of(const Slot& slot) const {
+  const BucketState& bucket = *slot.bucket;
+  const Segment& segment = bucket.plan.segments[slot.index];
+  const auto copy = [&](const at::Tensor& arena) {
+    if (!arena.defined()) return at::Tensor();
+    return part_of(arena, segment.offset, bucket.layouts[slot.index])
+        .to(c10::kCPU, arena.scalar_type(), /*non_blocking=*/false, /*copy=*/true)
+        .contiguous();
+  };
+  Kept kept;
+  kept.started = bucket.started;
+  if (segment.compressed()) {
+    kept.own_a = copy(bucket.own_a);
+    kept.own_b = copy(bucket.own_b);
+  }
+  if (segment.compressed() || has_momentum(config_.feedback)) kept.shared = copy(bucket.shared);
+  give_back(kept.shared.defined() ? kept.shared.view(-1) : at::Tensor(), 0, segment.numel, bucket,
+            static_cast<int64_t>(slot.index));
+  return kept;
+}
+
+std::vector<std::pair<std::string, std::optional<Kept>>> StateStore::snapshot() const {
+  std::vector<std::pair<std::string, std::optional<Kept>>> all;
+  for (const Slot& slot : slots_) {
+    std::optional<Kept> kept = slot.kept;
+    if (slot.bucket != nullptr) kept = copy_of(slot);
+    const bool empty = kept && !kept->own_a.defined() && !kept->shared.defined();
+    all.emplace_back(slot.name, empty ? std::nullopt : std::move(kept));
+  }
+  return all;
+}
+
+void StateStore::restore(std::vector<std::optional<Kept>> kept, uint64_t exchanges,
+                         uint64_t compressed, const std::function<void(BucketState&)>& leaving) {
+  const std::lock_guard lock(mutex_);
+  for (auto& [bucket, owned] : buckets_) leaving(*owned.state);
+  buckets_.clear();
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    slots_[i].bucket = nullptr;
+    slots_[i].kept = std::move(kept.at(i));
+  }
+  first_exchange_ = exchanges;
+  first_compressed_ = compressed;
 }
 
 // --- buckets
@@ -176,10 +244,9 @@ void StateStore::check(const Parameters& parameters, const std::vector<Layout>& 
                                   " is not one of the model that this state was bound to last; "
                                   "expected its parameters only: bind the state to this model");
     }
-    if (slot != nullptr && slot->bucket != nullptr &&
-        slot->bucket->layouts[slot->index].sizes != layouts[i].sizes) {
-      throw std::invalid_argument(which + " had shape " +
-                                  text_of(slot->bucket->layouts[slot->index].sizes) +
+    if (slot != nullptr && slot->has_state() &&
+        slot->sizes() != at::IntArrayRef(layouts[i].sizes)) {
+      throw std::invalid_argument(which + " had shape " + text_of(slot->sizes()) +
                                   " before; expected a shape that stays: its error feedback "
                                   "cannot be carried over, make a new State");
     }
@@ -212,10 +279,7 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
   BucketState& bucket = *made.state;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const Slot* slot = slot_of(parameters[i]);
-    const bool has_residual = slot != nullptr && slot->bucket != nullptr &&
-                              slot->bucket->own_a.defined() &&
-                              slot->bucket->plan.segments[slot->index].compressed();
-    if (has_residual && !bucket.plan.segments[i].compressed()) {
+    if (slot != nullptr && slot->has_residual() && !bucket.plan.segments[i].compressed()) {
       throw std::invalid_argument(
           "arc_topk: parameter " + quoted(slot->name) +
           "was compressed and, with gradients of dtype " + c10::toString(buffer.scalar_type()) +
@@ -227,6 +291,7 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
   const std::lock_guard lock(mutex_);
   made.tenants = static_cast<int64_t>(parameters.size());
   bucket.progress->exchanges = first_exchange_;
+  bucket.compressed = first_compressed_;
   bucket.started = true;
   for (size_t i = 0; i < parameters.size(); ++i) {
     made.tensors.push_back(parameters[i].unsafeGetTensorImpl());
@@ -239,6 +304,7 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
     if (has_estimate) bucket.started = bucket.started && started;
     if (i == 0) bucket.first_name = slot.name;
     leave(slot, bucket, leaving);
+    slot.kept.reset();
     slot.bucket = &bucket;
     slot.index = i;
   }
@@ -248,16 +314,25 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
 }
 
 bool StateStore::move(const Slot& slot, BucketState& to, size_t index) const {
+  const int64_t here = to.plan.segments[index].offset;
+  if (slot.kept) {
+    const auto put = [&](const at::Tensor& arena, const at::Tensor& value) {
+      if (arena.defined() && value.defined()) part_of(arena, here, to.layouts[index]).copy_(value);
+    };
+    put(to.own_a, slot.kept->own_a);
+    put(to.own_b, slot.kept->own_b);
+    put(to.shared, slot.kept->shared);
+    return slot.kept->started;
+  }
   if (slot.bucket == nullptr) return false;
   const BucketState& old = *slot.bucket;
-  const int64_t here = to.plan.segments[index].offset;
   const int64_t there = old.plan.segments[slot.index].offset;
   const Layout& here_as = to.layouts[index];
   const Layout& there_as = old.layouts[slot.index];
   carry(to.own_a, here, here_as, old.own_a, there, there_as);
   carry(to.own_b, here, here_as, old.own_b, there, there_as);
   carry(to.shared, here, here_as, old.shared, there, there_as);
-  give_back(to.shared, to.plan.segments[index], old, static_cast<int64_t>(slot.index));
+  give_back(to.shared, here, to.plan.segments[index].numel, old, static_cast<int64_t>(slot.index));
   if (index == 0) {
     to.progress->exchanges = old.progress->exchanges.load();
     to.compressed = old.compressed;

@@ -6,6 +6,8 @@
 // parameters move over from where they were; an old bucket goes once the last of its parameters has
 // left.
 //
+// What a checkpoint holds of a parameter lies in its slot until its bucket comes.
+//
 // What stays is the slot: the place of a parameter in the list that all ranks have agreed on, with
 // its name. Another model's parameters take over the slots of the same names.
 #pragma once
@@ -16,8 +18,10 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "config.h"
@@ -31,6 +35,13 @@ using Parameters = std::vector<at::Tensor>;
 struct Standing {
   std::vector<uint64_t> exchanges;
   std::vector<bool> started;
+};
+
+// Error feedback of one parameter, outside of any bucket: copies of the parameter's shape, on the
+// CPU. Undefined: it has no such part.
+struct Kept {
+  at::Tensor own_a, own_b, shared;
+  bool started = false;
 };
 
 class StateStore {
@@ -48,8 +59,17 @@ class StateStore {
             bool may_be_unused);
 
   Standing standing() const;
+  uint64_t compressed() const;  // steps, of the bucket with most
   // All buckets go on as step `exchanges`; `afresh`: EF21 and EF21M with a dense first step again.
   void resume(uint64_t exchanges, bool afresh);
+
+  // A slot each, in the order of bind(): its name, and its error feedback if it has any. Nothing of
+  // it may be in the air.
+  std::vector<std::pair<std::string, std::optional<Kept>>> snapshot() const;
+  // Takes back what snapshot() gave, of as many slots: all buckets go, each told to `leaving`
+  // before, and those that come next are step `exchanges`, the `compressed`th compressed one.
+  void restore(std::vector<std::optional<Kept>> kept, uint64_t exchanges, uint64_t compressed,
+               const std::function<void(BucketState&)>& leaving);
 
   // The bucket of these parameters as they lie in `buffer`; null: unknown, make() it.
   BucketState* find(const Parameters& parameters, const at::Tensor& buffer) const;
@@ -75,6 +95,11 @@ class StateStore {
     c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
     BucketState* bucket = nullptr;  // null: has no state yet
     size_t index = 0;               // which of the bucket's tensors
+    std::optional<Kept> kept{};     // restored, until a bucket takes it over
+
+    bool has_state() const { return bucket != nullptr || kept.has_value(); }
+    at::IntArrayRef sizes() const;  // of its state
+    bool has_residual() const;
   };
   struct Owned {
     std::unique_ptr<BucketState> state;
@@ -91,6 +116,7 @@ class StateStore {
              const at::Tensor& buffer) const;
   // Brings the values of a slot to where they are from now on. Whether they were started.
   bool move(const Slot& slot, BucketState& to, size_t index) const;
+  Kept copy_of(const Slot& slot) const;
   void leave(const Slot& slot, BucketState& successor,
              const std::function<void(BucketState&)>& leaving);
 
@@ -100,7 +126,8 @@ class StateStore {
   int64_t max_cols_ = 0;
   bool bound_ = false;
   bool may_be_unused_ = true;
-  uint64_t first_exchange_ = 0;  // of buckets without history
+  uint64_t first_exchange_ = 0;    // of buckets without history
+  uint64_t first_compressed_ = 0;  // likewise
   std::vector<Slot> slots_;
   std::unordered_map<const c10::TensorImpl*, size_t> places_;  // of the slots' tensors
   mutable std::mutex mutex_;                                   // of the list of buckets

@@ -68,9 +68,9 @@ def wrong_bytes(rank: int, world_size: int) -> None:
     demo.check_bytes(way, train_ddp.Outcome(3, [], 1.0, plan, {"wire_bytes": sent + rank}))
 
 
-def test_help_says_what_is_not_saved_and_what_the_bytes_are() -> None:
+def test_help_says_what_must_stay_and_what_the_bytes_are() -> None:
     text = " ".join(train_ddp.parser().format_help().split())
-    assert "error feedback starts empty" in text
+    assert "--feedback must be the same" in text
     assert "2 (N-1)/N B" in text
 
 
@@ -131,9 +131,15 @@ def test_the_schedule_rises_then_falls_to_zero() -> None:
     assert rates[20] == 0.0
 
 
-# With two ranks the order of summation cannot differ: plain averaging must go on bit for bit.
-def test_a_resumed_run_ends_where_a_whole_one_does(ranks: Ranks, tmp_path: Path) -> None:
-    flags = ("--compressor=dense", "--feedback=none", "--dropout=0.1", "--betas", "0.9", "0.99")
+# With two ranks the order of summation cannot differ: training must go on bit for bit.
+@pytest.mark.parametrize(
+    "compression",
+    [("--compressor=dense", "--feedback=none"), ("--feedback=ef14",), ("--feedback=ef21m",)],
+)
+def test_a_resumed_run_ends_where_a_whole_one_does(
+    ranks: Ranks, tmp_path: Path, compression: tuple[str, ...]
+) -> None:
+    flags = (*compression, "--dropout=0.1", "--betas", "0.9", "0.99")
     whole = options(*flags, f"--checkpoint={tmp_path}/whole-{{step}}.pt", "--save-every=2")
     resumed = options(
         *flags, f"--resume={tmp_path}/whole-2.pt", f"--checkpoint={tmp_path}/resumed.pt"
@@ -144,6 +150,15 @@ def test_a_resumed_run_ends_where_a_whole_one_does(ranks: Ranks, tmp_path: Path)
     assert ends[0]["position"] == ends[1]["position"]
     torch.testing.assert_close(ends[0]["model"], ends[1]["model"], rtol=0, atol=0)
     torch.testing.assert_close(ends[0]["optimizer"], ends[1]["optimizer"], rtol=0, atol=0)
+    for part in ("own", "shared"):
+        torch.testing.assert_close(*(e["error_feedback"][part] for e in ends), rtol=0, atol=0)
+
+
+def test_another_feedback_cannot_go_on(ranks: Ranks, tmp_path: Path) -> None:
+    file = f"{tmp_path}/run.pt"
+    ranks.run(trained, options(f"--checkpoint={file}"))
+    with pytest.raises(RankError, match="of feedback='ef14', this State of feedback='ef21'"):
+        ranks.run(trained, options(f"--resume={file}", "--steps=6", "--feedback=ef21"))
 
 
 def test_every_run_ends_with_a_comparison_of_the_ranks(ranks: Ranks) -> None:

@@ -1,0 +1,77 @@
+"""What a checkpoint is made of.
+
+A dict of plain tensors and one string, so that whatever saves dicts can save it::
+
+    {"meta": JSON: format, id, config, world_size, steps, compressed_steps, parameters, started
+     "shared": {name: h}                                    EF21, EF21M
+     "own": {"rank_3": {name: {"a": ..., "b": ...}}}}       of the ranks whose parts are in it
+
+"a" and "b" are docs/algorithm.md's own parts (EF14: e_i; EF21: h_i; EF21M: v_i - h_i and h_i), each
+of its parameter's shape. Parameters go by name, ranks by the key: torch.distributed.checkpoint
+takes equal keys of different ranks for copies of one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from arc_topk.config import Config
+
+FORMAT = 1
+StateDict = dict[str, Any]
+OwnParts = dict[str, dict[str, torch.Tensor]]  # by parameter, then "a" and "b"
+
+
+def meta_text(
+    config: Config,
+    checkpoint: str,
+    world_size: int,
+    steps: int,
+    compressed_steps: int,
+    parameters: Mapping[str, torch.Size],
+    started: list[str],
+) -> str:
+    """The string of a checkpoint. ``checkpoint`` is its id, the same on all ranks."""
+    meta = {
+        "format": FORMAT,
+        "id": checkpoint,
+        "config": {key: str(value) for key, value in vars(config).items()},
+        "world_size": world_size,
+        "steps": steps,
+        "compressed_steps": compressed_steps,
+        "parameters": {name: list(shape) for name, shape in parameters.items()},
+        "started": started,
+    }
+    return json.dumps(meta)
+
+
+def empty(config: Config) -> StateDict:
+    """The checkpoint of a State that has no parameters yet."""
+    meta = meta_text(config, uuid.uuid4().hex, 1, 0, 0, {}, [])
+    return {"meta": meta, "shared": {}, "own": {"rank_0": {}}}
+
+
+def meta_of(state_dict: StateDict) -> dict[str, Any]:
+    """What a checkpoint tells of itself, or ValueError."""
+    if not isinstance(state_dict, Mapping) or {"meta", "shared", "own"} - set(state_dict):
+        what = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else state_dict
+        raise ValueError(
+            f"arc_topk: the checkpoint holds {str(what)[:200]}; expected 'meta', 'own' and "
+            "'shared': what state_dict() of a State gave"
+        )
+    try:
+        meta: dict[str, Any] = json.loads(state_dict["meta"])
+        found = meta["format"]
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"arc_topk: the checkpoint's 'meta' cannot be read: {error!r}") from None
+    if found != FORMAT:
+        raise ValueError(
+            f"arc_topk: the checkpoint is of format {found}; expected {FORMAT}: load it with the "
+            "arc-topk that saved it"
+        )
+    return meta

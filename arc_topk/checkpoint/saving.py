@@ -1,0 +1,101 @@
+"""From the engine into a checkpoint."""
+
+from __future__ import annotations
+
+import uuid
+
+import torch
+import torch.distributed as dist
+
+from arc_topk import _C
+from arc_topk.checkpoint.contents import OwnParts, StateDict, meta_text
+from arc_topk.checkpoint.holder import Holder
+from arc_topk.groups import current
+from arc_topk.plan import make_plan
+
+
+def collect(engine: _C.Exchange, holder: Holder, call: str, gather: bool) -> StateDict:
+    """The checkpoint: this rank's own parts, and on rank 0 with ``gather`` those of all ranks."""
+    error: Exception | None = None
+    snapshot: tuple[list[tuple[str, _C.Parts | None]], int, int] = ([], 0, 0)
+    try:
+        snapshot = engine.snapshot()
+    except Exception as found:  # whatever it is: the other ranks must learn of it
+        error = found
+    slots, steps, compressed_steps = snapshot
+    started = [name for name, parts in slots if parts is not None and parts[3]]
+    facts = {"the number of steps": str(steps), "what EF21 has started": str(started)}
+    holder.agree(call, error, facts)
+
+    own: OwnParts = {}
+    shared: dict[str, torch.Tensor] = {}
+    for (name, parts), (_, tensor) in zip(slots, holder.tensors, strict=True):
+        a, b, h, _ = parts if parts is not None else _fresh_parts(holder, name, tensor)
+        own_parts = {key: part for key, part in (("a", a), ("b", b)) if part is not None}
+        if own_parts:
+            own[name] = own_parts
+        if h is not None:
+            shared[name] = h
+    meta = meta_text(
+        holder.config,
+        _same_everywhere(holder, uuid.uuid4().hex),
+        holder.group.size(),
+        steps,
+        compressed_steps,
+        {name: tensor.shape for name, tensor in holder.tensors},
+        started,
+    )
+    ranks = _gathered(holder, own) if gather else {holder.group.rank(): own}
+    named = {f"rank_{rank}": parts for rank, parts in ranks.items()}
+    return {"meta": meta, "shared": shared, "own": named}
+
+
+def _fresh_parts(holder: Holder, name: str, tensor: torch.Tensor) -> _C.Parts:
+    """Those of a parameter that has not been averaged yet: zeros, so that there are the same keys.
+
+    Who loads by keys (torch.distributed.checkpoint) reads into the fresh State's.
+    """
+    if not tensor.requires_grad:
+        return None, None, None, False
+    row = make_plan(holder.config, [(name, tensor)], holder.group.size()).rows[0]
+    own, shared = _C.parts_of(holder.config.native(), row.kept is not None)
+    wide = tensor.dtype == torch.float64
+    dtype = torch.float64 if wide else holder.config.state_dtype or torch.float32
+
+    def zeros(there: bool) -> torch.Tensor | None:
+        return torch.zeros(tensor.shape, dtype=dtype) if there else None
+
+    return zeros(own > 0), zeros(own > 1), zeros(shared), False
+
+
+def _same_everywhere(holder: Holder, text: str) -> str:
+    """Rank 0's."""
+    texts = [text]
+    with current(holder.device):
+        dist.broadcast_object_list(texts, group=holder.group, group_src=0)
+    return texts[0]
+
+
+def _gathered(holder: Holder, own: OwnParts) -> dict[int, OwnParts]:
+    """All ranks' own parts, on rank 0; elsewhere this rank's. One part at a time."""
+    if holder.group.rank() != 0:
+        for parts in own.values():
+            for part in parts.values():
+                _gather(holder, part)
+        return {holder.group.rank(): own}
+    ranks: dict[int, OwnParts] = {rank: {} for rank in range(holder.group.size())}
+    for name, parts in own.items():
+        for key, part in parts.items():
+            for rank, theirs in enumerate(_gather(holder, part)):
+                ranks[rank].setdefault(name, {})[key] = theirs
+    return ranks
+
+
+def _gather(holder: Holder, part: torch.Tensor) -> list[torch.Tensor]:
+    """All ranks' ``part``, on rank 0. As bytes: not every backend gathers every dtype."""
+    mine = part.reshape(-1).view(torch.uint8).to(holder.device)
+    first = holder.group.rank() == 0
+    parts = [torch.empty_like(mine) for _ in range(holder.group.size())] if first else []
+    if part.numel() > 0:
+        dist.gather(mine, parts or None, group=holder.group, group_dst=0)
+    return [theirs.cpu().view(part.dtype).reshape(part.shape) for theirs in parts]
