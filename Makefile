@@ -21,11 +21,13 @@ ifneq ($(filter-out 0,$(SYSTEM)),)
   PY := $(PYTHON)
   STAMPS := build/stamps$(subst /,-,$(shell command -v $(PYTHON)))
   DEPENDENCIES :=
+  INTEGRATIONS :=
   export ARC_TOPK_TESTS := optional
 else
   PY := $(VENV)/bin/python
   STAMPS := $(VENV)/stamps
   DEPENDENCIES := $(STAMPS)/requirements $(STAMPS)/torch-$(or $(TORCH),newest)
+  INTEGRATIONS := $(STAMPS)/integrations
   export ARC_TOPK_TESTS := required
   export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 endif
@@ -38,7 +40,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help test test-slow test-cpp asan tsan gpu-check golden registers demo bench lint format build clean distclean
+.PHONY: help test test-slow test-cpp test-integrations asan tsan gpu-check golden registers demo bench lint format build clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -50,6 +52,9 @@ test: build test-cpp ## set up, build, run the C++ and the Python tests
 
 test-slow: build ## the tests that take minutes
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-integrations: build $(INTEGRATIONS) ## Lightning, Accelerate, Transformers, FSDP2: the README's recipes
+	$(PY) -m pytest tests/integrations $(ARGS)
 
 test-cpp: build ## the C++ tests alone
 	@if [ -x build/bin/arc_topk_tests ]; then set -ex; build/bin/arc_topk_tests --gtest_brief=1; \
@@ -134,6 +139,10 @@ $(PYTHON_STAMP):
 
 $(VENV)/stamps/requirements: $(wildcard requirements/*.txt) $(PYTHON_STAMP)
 	$(PIP) install -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/stamps/integrations: requirements/integrations.txt $(DEPENDENCIES)
+	$(PIP) install -r $<
 	@touch $@
 
 # One torch at a time: its stamp replaces that of another.
