@@ -64,6 +64,7 @@ def layouts(kind: str) -> list[Tensor]:
         "scalars": [zeros(), zeros(20, 12), zeros(1), zeros(1, 1)],
         "empty ones": [zeros(0), zeros(20, 12), zeros(0, 12), zeros(5, 0, 3), zeros(6)],
         "scalars alone": [zeros(), zeros()],
+        "empty ones alone": [zeros(0), zeros(0, 12)],
     }[kind]
 
 
@@ -75,6 +76,7 @@ LAYOUTS = [
     "scalars",
     "empty ones",
     "scalars alone",
+    "empty ones alone",
 ]
 
 
