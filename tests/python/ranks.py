@@ -37,7 +37,8 @@ class Ranks:
         # The server imports torch once and forks from there: a clean process in 10 ms. It makes no
         # CUDA context, which a fork could not use: each rank makes its own when it first needs it.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+        # DDP imports torch._dynamo: seconds, which no rank of any pool then needs.
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "numpy"])
         folder = tempfile.mkdtemp(prefix="ranks-")
         self._pipes: list[Connection] = []
         self._processes = []
