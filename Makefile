@@ -40,7 +40,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help test test-slow test-cpp test-integrations asan tsan gpu-check golden registers demo bench lint format build clean distclean
+.PHONY: help test test-slow test-cpp test-integrations soak asan tsan gpu-check golden registers demo bench lint format build clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -55,6 +55,9 @@ test-slow: build ## the tests that take minutes
 
 test-integrations: build $(INTEGRATIONS) ## Lightning, Accelerate, Transformers, FSDP2: the README's recipes
 	$(PY) -m pytest tests/integrations $(ARGS)
+
+soak: build ## 10,000 steps of each error feedback, with everything at once (ARGS="--steps 1000": 2 minutes)
+	$(PY) tests/python/soak.py $(ARGS)
 
 test-cpp: build ## the C++ tests alone
 	@if [ -x build/bin/arc_topk_tests ]; then set -ex; build/bin/arc_topk_tests --gtest_brief=1; \
