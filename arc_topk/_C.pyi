@@ -22,6 +22,7 @@ class Config:
         wire_dtype: torch.dtype | None,
         state_dtype: torch.dtype | None,
         seed: int,
+        spike_limit: float | None,
     ) -> None: ...
 
     compress_without_gain: bool

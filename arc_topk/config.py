@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ class Config:
             ``torch.bfloat16``. float64 gradients always keep float64 state.
         seed: of the random projection V and of Rand-K's draw, in [0, 2**64). torch's own generators
             are not touched.
+        spike_limit: a number above 1, or None. Each rank scales a bucket's gradients down, before
+            anything else is done with them, to at most so many times their running norm: error
+            feedback would keep a spike and hand it out over many steps. 3 is what was measured;
+            what it costs, and what it does not replace: docs/clipping.md.
 
     Raises:
         ValueError, TypeError: a field's value is not one of the above; the message names the field,
@@ -58,11 +63,12 @@ class Config:
     wire_dtype: torch.dtype | None = None
     state_dtype: torch.dtype | None = None
     seed: int = 0
+    spike_limit: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("compressor", self.compressor, COMPRESSORS)
         _one_of("feedback", self.feedback, FEEDBACKS)
-        self._take("ratio", _number("ratio", self.ratio))
+        self._take("ratio", _share("ratio", self.ratio))
         self._take("sketch_dim", _integer("sketch_dim", self.sketch_dim, 1, 64))
         if self.row_width is not None:
             self._take("row_width", _integer("row_width", self.row_width, 1, 2**31 - 1))
@@ -72,13 +78,15 @@ class Config:
                     f"eta is {self.eta} with feedback='{self.feedback}'; only feedback='ef21m' has "
                     "a momentum: leave eta out, or choose feedback='ef21m'"
                 )
-            self._take("eta", _number("eta", self.eta))
+            self._take("eta", _share("eta", self.eta))
         self._take("start_step", _integer("start_step", self.start_step, 0, 2**62))
         if self.wire_dtype is not None:
             _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)
         if self.state_dtype is not None:
             _one_of("state_dtype", self.state_dtype, STATE_DTYPES)
         self._take("seed", _integer("seed", self.seed, 0, 2**64 - 1))
+        if self.spike_limit is not None:
+            self._take("spike_limit", _factor("spike_limit", self.spike_limit))
 
     def _take(self, name: str, value: int | float) -> None:
         """NumPy's numbers are taken as Python's, which print and compare alike on every rank."""
@@ -104,6 +112,7 @@ class Fields(TypedDict, total=False):
     wire_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
     seed: int
+    spike_limit: float | None
 
 
 def config_from(config: Config | None, fields: Mapping[str, Any]) -> Config:
@@ -133,13 +142,24 @@ def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {names}")
 
 
-def _number(name: str, value: object) -> float:
-    """A number in (0, 1]."""
-    expected = "a number in (0, 1]"
+def _share(name: str, value: object) -> float:
+    number = _number(name, value, "a number in (0, 1]")
+    if not 0 < number <= 1:
+        raise ValueError(f"{name} is {value!r}; expected a number in (0, 1]")
+    return number
+
+
+def _factor(name: str, value: object) -> float:
+    expected = "a finite number above 1, or None for no limit"
+    number = _number(name, value, expected)
+    if not 1 < number < math.inf:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    return number
+
+
+def _number(name: str, value: object, expected: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
-    if not 0 < float(value) <= 1:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
     return float(value)
 
 

@@ -33,7 +33,8 @@ std::optional<DType> optional_dtype(const std::optional<at::ScalarType>& type) {
 Config make_config(std::string compressor, const std::string& feedback, double ratio,
                    int64_t sketch_dim, std::optional<int64_t> row_width, double eta,
                    int64_t start_step, std::optional<at::ScalarType> wire_dtype,
-                   std::optional<at::ScalarType> state_dtype, uint64_t seed) {
+                   std::optional<at::ScalarType> state_dtype, uint64_t seed,
+                   std::optional<double> spike_limit) {
   compressor_named(compressor);
   return {std::move(compressor),
           feedback_named(feedback),
@@ -44,7 +45,8 @@ Config make_config(std::string compressor, const std::string& feedback, double r
           start_step,
           optional_dtype(wire_dtype),
           optional_dtype(state_dtype),
-          seed};
+          seed,
+          spike_limit};
 }
 
 // The communication thread may need the GIL to finish (a Python callback on a future): whoever lets
@@ -128,7 +130,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Config>(module, "Config")
       .def(py::init(&make_config), py::kw_only(), py::arg("compressor"), py::arg("feedback"),
            py::arg("ratio"), py::arg("sketch_dim"), py::arg("row_width"), py::arg("eta"),
-           py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"), py::arg("seed"))
+           py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"), py::arg("seed"),
+           py::arg("spike_limit"))
       .def_readwrite("compress_without_gain", &Config::compress_without_gain);
 
   using Group = c10::intrusive_ptr<c10d::ProcessGroup>;

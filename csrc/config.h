@@ -21,6 +21,7 @@ struct Config {
   std::optional<DType> wire_dtype;   // none: the gradient's
   std::optional<DType> state_dtype;  // none: float32
   uint64_t seed = 0;
+  std::optional<double> spike_limit;   // none: no limit
   bool compress_without_gain = false;  // tests alone: ratio 1 by way of sketch, select, pack, apply
 };
 

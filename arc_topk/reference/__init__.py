@@ -11,7 +11,8 @@ later one:
 5. feedback.py         gradient g_i in, message X_i out, and the state that remembers the difference
 6. layout.py           in which order the elements of a tensor lie in memory
 7. plan.py             which tensor is seen as which matrix, and which one stays dense
-8. oracle.py           all of it together, step by step
+8. spike_limit.py      what is cut off a gradient that is much longer than usual
+9. oracle.py           all of it together, step by step
 
 Notation:
 

@@ -15,6 +15,7 @@ from arc_topk.reference.feedback import FEEDBACKS
 from arc_topk.reference.layout import flatten, unflatten
 from arc_topk.reference.plan import Types, plan_view
 from arc_topk.reference.random_numbers import projection, rand_k_keys
+from arc_topk.reference.spike_limit import SpikeLimit
 from arc_topk.reference.wire import Wire
 
 # Rows (ARC-Top-K, Rand-K), element indices of each rank (Top-K), or the oracle's own choice.
@@ -46,8 +47,8 @@ class Oracle:
         world_size: N.
         compressor: "dense", "arc_topk", "rand_k", "top_k".
         feedback: "none", "ef14", "ef21", "ef21m".
-        ratio, sketch_dim, row_width, eta, start_step, wire_dtype, state_dtype, seed: as in the
-            package's configuration; eta None means 0.1.
+        ratio, sketch_dim, row_width, eta, start_step, wire_dtype, state_dtype, seed, spike_limit:
+            as in the package's configuration; eta None means 0.1.
         may_be_unused: a gradient that is zero on every rank stands for none, as DDP makes it for
             parameters that nobody used: no state changes, and the result is zero.
         streams: of each tensor the number that tells its Rand-K keys apart; None: 0, 1, 2, ...
@@ -56,6 +57,7 @@ class Oracle:
         steps: exchanges so far; the coming step's V is the one of this number.
         started: False until the dense first step of EF21 and EF21M was made.
         views: how each tensor is seen.
+        limits: each rank's spike limit of this bucket; empty: there is none.
         states: `states[i][t]` is the `Feedback` of tensor t on rank i, flat and in memory order. A
             dense tensor needs state only under EF21M, and only `h`.
     """
@@ -76,6 +78,7 @@ class Oracle:
         wire_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
+        spike_limit: float | None = None,
         may_be_unused: bool = False,
         streams: Sequence[int] | None = None,
     ) -> None:
@@ -100,6 +103,8 @@ class Oracle:
             [kind(v.numel, self.types.work, self.types.state, self.eta) for v in self.views]
             for _ in range(world_size)
         ]
+        ranks = range(world_size if spike_limit is not None else 0)
+        self.limits = [SpikeLimit(spike_limit or math.inf) for _ in ranks]
         self.steps = 0
         self.started = not kind.dense_start
 
@@ -148,6 +153,10 @@ class Oracle:
         step, self.steps = self.steps, self.steps + 1
         if step < self.start_step:
             return [self._result(t, self._plain_mean(g), "dense") for t, g in enumerate(by_tensor)]
+        for i, limit in enumerate(self.limits):
+            scale = limit.scale([g[i] for g in by_tensor])
+            for g in by_tensor:
+                g[i] = (g[i] * scale).to(self.types.gradient).to(self.types.work)
         if not self.started:
             return self._dense_start(by_tensor)
         all_dense = not any(v.compressed for v in self.views)

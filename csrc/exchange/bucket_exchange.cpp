@@ -12,6 +12,8 @@ namespace arc_topk {
 BucketExchange::BucketExchange(Shared& shared, BucketState& state)
     : shared_(shared), state_(state), collectives_(shared.comm_thread) {
   if (state.backend.streams) events_.emplace(state.backend.streams->type());
+  const std::optional<double> factor = shared.config.spike_limit;
+  if (factor) spike_limit_.emplace(*factor, state.device, scalar_type_of(plan().types.work()));
 }
 
 // --- a step, from its beginning to its end
@@ -84,7 +86,7 @@ at::Tensor BucketExchange::run_here(const at::Tensor& buffer) {
   begin(buffer, 0, /*result_in_buffer=*/false);
   const auto whole = [&](void* stream) {
     state_.bucket.stream = stream;
-    if (mode_ != Mode::kAverage) fill_payload();
+    mode_ == Mode::kAverage ? limit_spike() : fill_payload();
     return finish(*shared_.groups.main);
   };
   try {
@@ -166,8 +168,15 @@ void BucketExchange::prepare() {
   });
 }
 
+// Of this rank alone: nobody else need know, for only the message changes.
+void BucketExchange::limit_spike() {
+  const bool begun = number_ >= static_cast<uint64_t>(shared_.config.start_step);
+  if (spike_limit_ && begun) spike_limit_->apply(state_.gradient[0]);
+}
+
 void BucketExchange::fill_payload() {
   enter(Phase::kPrepare);
+  limit_spike();
   if (mode_ == Mode::kStart && bucket().own_a != nullptr) kernels().remember(bucket());
   if (mode_ == Mode::kCompress) state_.compressor->prepare(*this);
   leave();
@@ -234,6 +243,7 @@ at::Tensor BucketExchange::result() {
 c10::intrusive_ptr<c10::ivalue::Future> BucketExchange::average() {
   const auto divide = [&](void* stream) {
     state_.bucket.stream = stream;
+    limit_spike();
     kernels().divide(bucket());
   };
   Streams* const queues = streams();

@@ -12,6 +12,7 @@
 
 #include "exchange/collectives.h"
 #include "exchange/shared.h"
+#include "exchange/spike_limit.h"
 #include "exchange/trace.h"
 
 namespace arc_topk {
@@ -61,6 +62,7 @@ class BucketExchange final : public Step, public CommThread::Job {
   Mode choose_mode() const;
   Streams* streams() { return shared_.streams_for(state_.backend.streams); }
   void prepare();
+  void limit_spike();
   void fill_payload();
   c10::intrusive_ptr<c10::ivalue::Future> average();
   c10::intrusive_ptr<c10::ivalue::Future> promise();
@@ -85,6 +87,7 @@ class BucketExchange final : public Step, public CommThread::Job {
   Mode mode_ = Mode::kCompress;
   int threads_ = 0;  // the preparing thread's; a new thread would start with its own default
 
+  std::optional<SpikeLimit> spike_limit_;
   std::optional<BucketEvents> events_;  // where the device has streams
   // The caller's, while somebody profiles: the communication thread then shows up as well.
   std::optional<at::ThreadLocalState> profiled_;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,3 +148,13 @@ def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             compare.parse(arguments)
         assert arguments[0] in capsys.readouterr().err
+
+
+def test_clipping_prints_every_way() -> None:
+    arguments = ("--steps", "4", "--seeds", "1", "--limits", "1", "--feedbacks", "ef14")
+    command = [sys.executable, str(BENCHMARKS / "clipping.py"), *arguments]
+    wide = {**os.environ, "COLUMNS": "120"}
+    done = subprocess.run(command, capture_output=True, text=True, env=wide)
+    assert done.returncode == 0, done.stderr
+    for words in ("dense", "EF14", "after", "own norm", "spike limit 3", "given back"):
+        assert words in done.stdout

@@ -36,6 +36,12 @@ import arc_topk
         ({"state_dtype": torch.float16}, ValueError, ["state_dtype", "float16", "bfloat16"]),
         ({"seed": -1}, ValueError, ["seed", "-1", "from 0"]),
         ({"seed": 2**64}, ValueError, ["seed", str(2**64)]),
+        ({"spike_limit": 1}, ValueError, ["spike_limit", "1", "above 1", "None"]),
+        ({"spike_limit": 0.5}, ValueError, ["spike_limit", "0.5", "above 1"]),
+        ({"spike_limit": float("inf")}, ValueError, ["spike_limit", "inf", "finite"]),
+        ({"spike_limit": float("nan")}, ValueError, ["spike_limit", "nan", "above 1"]),
+        ({"spike_limit": "3"}, TypeError, ["spike_limit", "'3'", "str", "above 1"]),
+        ({"spike_limit": True}, TypeError, ["spike_limit", "True", "bool"]),
     ],
 )
 def test_wrong_value(fields: dict[str, Any], error: type[Exception], words: list[str]) -> None:

@@ -53,6 +53,7 @@ def register_with(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> 
         ("wire_dtype", (None, torch.bfloat16, None)),
         ("state_dtype", (torch.bfloat16, None, None)),
         ("seed", (1, 2, 3)),
+        ("spike_limit", (None, 3.0, None)),
     ],
 )
 def test_configurations_that_differ(pools: Pools, field: str, values: tuple[Any, ...]) -> None:
