@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+import arc_topk
 from arc_topk.config import Config
 from arc_topk.groups import current
 from arc_topk.meeting import WAIT, meet
@@ -42,7 +43,7 @@ def agree(
     wait: timedelta,
     device: torch.device,
 ) -> None:
-    """Compares configuration and tensors across the ranks of ``group``: a collective.
+    """Compares versions, configuration and tensors across the ranks of ``group``: a collective.
 
     Args:
         config: this rank's, or None if ``error`` is given.
@@ -60,7 +61,12 @@ def agree(
             values.
     """
     fields = {} if config is None else {k: str(v) for k, v in vars(config).items()}
-    mine = (None if error is None else f"{type(error).__name__}: {error}", fields, list(tensors))
+    versions = _versions()
+    mine = (
+        None if error is None else f"{type(error).__name__}: {error}",
+        versions | fields,
+        list(tensors),
+    )
     ranks: list[tuple[str | None, dict[str, str], list[tuple[str, Sizes, str, Sizes]]]]
     ranks = [mine] * dist.get_world_size(group)
     _meet(group, call, wait, error)
@@ -71,12 +77,22 @@ def agree(
     for rank, (theirs, _, _) in enumerate(ranks):
         if theirs is not None:
             raise ValueError(f"arc_topk: {call} failed on rank {rank}: {theirs}")
+    for what in versions:
+        _equal(what, [rank[1].get(what, "unknown") for rank in ranks])
     for field in dataclasses.fields(Config):
         _equal(f"Config.{field.name}", [rank[1][field.name] for rank in ranks])
     _equal("the number of tensors", [str(len(rank[2])) for rank in ranks])
     for i, tensor in enumerate(mine[2]):
         for what, j in (("name", 0), ("shape", 1), ("dtype", 2), ("strides", 3)):
             _equal(f"the {what} of tensor {i} ('{tensor[0]}')", [str(r[2][i][j]) for r in ranks])
+
+
+def _versions() -> dict[str, str]:
+    """Of what must be the same on every rank: another version may do another thing."""
+    return {
+        "the version of arc-topk": arc_topk.__version__,
+        "the version of torch": torch.__version__,
+    }
 
 
 def _meet(group: dist.ProcessGroup, call: str, wait: timedelta, error: Exception | None) -> None:
