@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,15 @@ class Config:
             ``torch.bfloat16``. float64 gradients always keep float64 state.
         seed: of the random projection V and of Rand-K's draw, in [0, 2**64). torch's own generators
             are not touched.
+        check_every: every so many steps all ranks compare the rows that they selected and what they
+            now hold (the shared estimate, else the average), and raise an error on every rank where
+            these differ. One small collective a bucket more, and a pass over the result, in those
+            steps alone; on a GPU the host waits in them. 0: never.
+        resync_every: EF21's and EF21M's shared estimate drifts away from the mean of the ranks' own
+            by what sums on the wire round. Every so many steps it is set to that mean again, at
+            dense bytes. None: 32 on a bfloat16 wire, 2048 on a float16 one, else never, for
+            float32 drifts by 1e-6 in a thousand steps. 0: never. With any other feedback, and
+            with ``"top_k"``, whose values are not summed on their way, nothing drifts.
 
     Raises:
         ValueError, TypeError: a field's value is not one of the above; the message names the field,
@@ -58,6 +68,8 @@ class Config:
     wire_dtype: torch.dtype | None = None
     state_dtype: torch.dtype | None = None
     seed: int = 0
+    check_every: int = 0
+    resync_every: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("compressor", self.compressor, COMPRESSORS)
@@ -79,6 +91,9 @@ class Config:
         if self.state_dtype is not None:
             _one_of("state_dtype", self.state_dtype, STATE_DTYPES)
         self._take("seed", _integer("seed", self.seed, 0, 2**64 - 1))
+        self._take("check_every", _integer("check_every", self.check_every, 0, 2**62))
+        if self.resync_every is not None:
+            self._take("resync_every", _integer("resync_every", self.resync_every, 0, 2**62))
 
     def _take(self, name: str, value: int | float) -> None:
         """NumPy's numbers are taken as Python's, which print and compare alike on every rank."""
@@ -104,6 +119,8 @@ class Fields(TypedDict, total=False):
     wire_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
     seed: int
+    check_every: int
+    resync_every: int | None
 
 
 def config_from(config: Config | None, fields: Mapping[str, Any]) -> Config:
@@ -138,9 +155,13 @@ def _number(name: str, value: object) -> float:
     expected = "a number in (0, 1]"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
-    if not 0 < float(value) <= 1:
+    try:
+        number = float(value)
+    except OverflowError:  # an integer that is larger than any
+        number = math.inf
+    if not 0 < number <= 1:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
-    return float(value)
+    return number
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:

@@ -33,7 +33,8 @@ std::optional<DType> optional_dtype(const std::optional<at::ScalarType>& type) {
 Config make_config(std::string compressor, const std::string& feedback, double ratio,
                    int64_t sketch_dim, std::optional<int64_t> row_width, double eta,
                    int64_t start_step, std::optional<at::ScalarType> wire_dtype,
-                   std::optional<at::ScalarType> state_dtype, uint64_t seed) {
+                   std::optional<at::ScalarType> state_dtype, uint64_t seed, int64_t check_every,
+                   std::optional<int64_t> resync_every) {
   compressor_named(compressor);
   return {std::move(compressor),
           feedback_named(feedback),
@@ -44,7 +45,9 @@ Config make_config(std::string compressor, const std::string& feedback, double r
           start_step,
           optional_dtype(wire_dtype),
           optional_dtype(state_dtype),
-          seed};
+          seed,
+          check_every,
+          resync_every};
 }
 
 // The communication thread may need the GIL to finish (a Python callback on a future): whoever lets
@@ -79,7 +82,7 @@ py::dict as_dict(const Metrics& m) {
 }
 
 // What make_plan() would decide of one tensor: (rows, cols, kept, wire, dense, state bytes,
-// reason).
+// reason, steps between resyncs, bytes of one).
 py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
                    const std::vector<int64_t>& strides, at::ScalarType dtype, int world_size) {
   const Compressor& compressor = compressor_named(config.compressor);
@@ -88,8 +91,9 @@ py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
   const Matrix m = view_as_matrix(config, compressor, shape_of(sizes, strides), types, world_size);
   int64_t numel = 1;
   for (const int64_t size : sizes) numel *= size;
-  return py::make_tuple(m.rows, m.cols, m.kept, m.wire_bytes, numel * size_of(gradient),
-                        m.state_bytes, m.why_dense);
+  return py::make_tuple(
+      m.rows, m.cols, m.kept, m.wire_bytes, numel * size_of(gradient), m.state_bytes, m.why_dense,
+      m.kept > 0 ? resync_every(config, compressor, types, world_size) : 0, m.resync_bytes);
 }
 
 }  // namespace
@@ -101,7 +105,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Config>(module, "Config")
       .def(py::init(&make_config), py::kw_only(), py::arg("compressor"), py::arg("feedback"),
            py::arg("ratio"), py::arg("sketch_dim"), py::arg("row_width"), py::arg("eta"),
-           py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"), py::arg("seed"))
+           py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"), py::arg("seed"),
+           py::arg("check_every"), py::arg("resync_every"))
       .def_readwrite("compress_without_gain", &Config::compress_without_gain);
 
   using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
