@@ -40,7 +40,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help test test-slow test-cpp test-integrations soak asan tsan gpu-check golden registers demo bench lint format build clean distclean
+.PHONY: help test test-slow test-cpp test-integrations soak asan fuzz tsan gpu-check golden registers demo bench lint format build clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -82,6 +82,14 @@ asan: $(DEPENDENCIES) ## C++ tests, and real DDP for a minute, under AddressSani
 	cp arc_topk/checkpoint/*.py build/asan/python/arc_topk/checkpoint/
 	$(LIBRARIES_FIRST) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH=build/asan/python $(PY) tests/python/sanitized.py
+
+# Into the build that `make asan` has made, or makes.
+FUZZ ?= 10000
+fuzz: asan ## FUZZ (10000) configurations, shapes and steps by chance, under AddressSanitizer and UBSan
+	ARC_TOPK_FUZZ=$(FUZZ) ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  build/asan/tests/cpp/arc_topk_tests --gtest_brief=1 --gtest_filter='Fuzz.*'
+	$(LIBRARIES_FIRST) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=build/asan/python $(PY) tests/python/fuzz.py $(FUZZ)
 
 tsan: $(DEPENDENCIES) ## C++ tests that have threads, under ThreadSanitizer
 	$(call SANITIZED,thread)

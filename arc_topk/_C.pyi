@@ -23,6 +23,8 @@ class Config:
         state_dtype: torch.dtype | None,
         seed: int,
         spike_limit: float | None,
+        check_every: int,
+        resync_every: int | None,
     ) -> None: ...
 
     compress_without_gain: bool
@@ -116,8 +118,11 @@ def describe(
     strides: tuple[int, ...],
     dtype: torch.dtype,
     world_size: int,
-) -> tuple[int, int, int, int, int, int, str]:
-    """What is done with one tensor: m, n, K (0: dense), wire, dense and state bytes, why dense."""
+) -> tuple[int, int, int, int, int, int, str, int, int]:
+    """What is done with one tensor: m, n, K (0: dense), wire, dense and state bytes, why dense.
+
+    Then the steps from one resync to the next (0: there is none), and the bytes of one.
+    """
 
 def cpu_isa() -> str:
     """The instruction set the CPU kernels run with: "baseline", "avx2" or "avx512"."""

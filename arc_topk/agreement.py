@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+import arc_topk
 from arc_topk.config import Config
 from arc_topk.groups import current
 from arc_topk.meeting import WAIT, meet
@@ -44,7 +45,7 @@ def agree(
     device: torch.device,
     facts: Mapping[str, str] | None = None,
 ) -> None:
-    """Compares configuration and tensors across the ranks of ``group``: a collective.
+    """Compares versions, configuration and tensors across the ranks of ``group``: a collective.
 
     Args:
         config: this rank's, or None if ``error`` is given.
@@ -64,7 +65,8 @@ def agree(
     """
     fields = {} if config is None else {k: str(v) for k, v in vars(config).items()}
     told = None if error is None else f"{type(error).__name__}: {error}"
-    mine = (told, fields, list(tensors), dict(facts or {}))
+    versions = _versions()
+    mine = (told, versions | fields, list(tensors), dict(facts or {}))
     ranks: list[tuple[str | None, dict[str, str], list[_Tensor], dict[str, str]]]
     ranks = [mine] * dist.get_world_size(group)
     _meet(group, call, wait, error)
@@ -75,6 +77,8 @@ def agree(
     for rank, (theirs, *_) in enumerate(ranks):
         if theirs is not None:
             raise ValueError(f"arc_topk: {call} failed on rank {rank}: {theirs}")
+    for what in versions:
+        _equal(what, [rank[1].get(what, "unknown") for rank in ranks])
     for field in dataclasses.fields(Config):
         _equal(f"Config.{field.name}", [rank[1][field.name] for rank in ranks])
     _equal("the number of tensors", [str(len(rank[2])) for rank in ranks])
@@ -84,6 +88,14 @@ def agree(
 
     for what in dict.fromkeys(what for rank in ranks for what in rank[3]):
         _equal(what, [rank[3].get(what, "none") for rank in ranks])
+
+
+def _versions() -> dict[str, str]:
+    """Of what must be the same on every rank: another version may do another thing."""
+    return {
+        "the version of arc-topk": arc_topk.__version__,
+        "the version of torch": torch.__version__,
+    }
 
 
 def _meet(group: dist.ProcessGroup, call: str, wait: timedelta, error: Exception | None) -> None:

@@ -47,6 +47,15 @@ class Config:
             anything else is done with them, to at most so many times their running norm: error
             feedback would keep a spike and hand it out over many steps. 3 is what was measured;
             what it costs, and what it does not replace: docs/clipping.md.
+        check_every: every so many steps all ranks compare the rows that they selected and what they
+            now hold (the shared estimate, else the average), and raise an error on every rank where
+            these differ. One small collective a bucket more, and a pass over the result, in those
+            steps alone; on a GPU the host waits in them. 0: never.
+        resync_every: EF21's and EF21M's shared estimate drifts away from the mean of the ranks' own
+            by what sums on the wire round. Every so many steps it is set to that mean again, at
+            dense bytes. None: 32 on a bfloat16 wire, 2048 on a float16 one, else never, for
+            float32 drifts by 1e-6 in a thousand steps. 0: never. With any other feedback, and
+            with ``"top_k"``, whose values are not summed on their way, nothing drifts.
 
     Raises:
         ValueError, TypeError: a field's value is not one of the above; the message names the field,
@@ -64,6 +73,8 @@ class Config:
     state_dtype: torch.dtype | None = None
     seed: int = 0
     spike_limit: float | None = None
+    check_every: int = 0
+    resync_every: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("compressor", self.compressor, COMPRESSORS)
@@ -87,6 +98,9 @@ class Config:
         self._take("seed", _integer("seed", self.seed, 0, 2**64 - 1))
         if self.spike_limit is not None:
             self._take("spike_limit", _factor("spike_limit", self.spike_limit))
+        self._take("check_every", _integer("check_every", self.check_every, 0, 2**62))
+        if self.resync_every is not None:
+            self._take("resync_every", _integer("resync_every", self.resync_every, 0, 2**62))
 
     def _take(self, name: str, value: int | float) -> None:
         """NumPy's numbers are taken as Python's, which print and compare alike on every rank."""
@@ -113,6 +127,8 @@ class Fields(TypedDict, total=False):
     state_dtype: torch.dtype | None
     seed: int
     spike_limit: float | None
+    check_every: int
+    resync_every: int | None
 
 
 def config_from(config: Config | None, fields: Mapping[str, Any]) -> Config:
@@ -160,7 +176,10 @@ def _factor(name: str, value: object) -> float:
 def _number(name: str, value: object, expected: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer that is larger than any
+        return math.inf
 
 
 def _integer(name: str, value: object, low: int, high: int) -> int:

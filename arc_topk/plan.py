@@ -25,6 +25,8 @@ class PlanRow:
         dense_bytes: what plain averaging would hand over.
         state_bytes: memory of its error feedback on each rank.
         why_dense: why it is not compressed; empty if it is.
+        resync_every: steps from one resync to the next (`Config.resync_every`); 0: there is none.
+        resync_bytes: bytes a rank hands to the collectives for it in such a step, on top.
     """
 
     name: str
@@ -36,6 +38,8 @@ class PlanRow:
     dense_bytes: int
     state_bytes: int
     why_dense: str
+    resync_every: int
+    resync_bytes: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Plan:
         return sum(row.dense_bytes for row in self.rows)
 
     @property
+    def resync_bytes(self) -> float:
+        """Bytes of resyncs a rank and step, on average, beyond `wire_bytes`."""
+        return sum(row.resync_bytes / row.resync_every for row in self.rows if row.resync_every)
+
+    @property
     def state_bytes(self) -> int:
         """Memory of the error feedback, in bytes a rank."""
         return sum(row.state_bytes for row in self.rows)
@@ -77,6 +86,9 @@ class Plan:
         share = self.wire_bytes / self.dense_bytes if self.dense_bytes else 1.0
         lines.append(["total", "", "", *totals, f"wire/dense {share:.3f}"])
         over = [f"payloads travel over {self.transport}"] if self.transport else []
+        for every in sorted({row.resync_every for row in self.rows if row.resync_every}):
+            size = sum(row.resync_bytes for row in self.rows if row.resync_every == every)
+            over.append(f"every {every} steps {size:,} bytes more, to resync shared estimates")
         return "\n".join([_aligned(lines), *over])
 
 
@@ -90,15 +102,12 @@ def make_plan(
     native = config.native()
     rows = []
     for name, tensor in tensors:
-        m, n, kept, wire, dense, state, why = _C.describe(
+        m, n, kept, wire, dense, state, why, every, resync = _C.describe(
             native, tensor.shape, tensor.stride(), tensor.dtype, world_size
         )
         view = (m, n) if kept else None
-        rows.append(
-            PlanRow(
-                name, tuple(tensor.shape), tensor.dtype, view, kept or None, wire, dense, state, why
-            )
-        )
+        about = (name, tuple(tensor.shape), tensor.dtype, view, kept or None)
+        rows.append(PlanRow(*about, wire, dense, state, why, every, resync if every else 0))
     return Plan(tuple(rows), transport)
 
 

@@ -34,7 +34,8 @@ Config make_config(std::string compressor, const std::string& feedback, double r
                    int64_t sketch_dim, std::optional<int64_t> row_width, double eta,
                    int64_t start_step, std::optional<at::ScalarType> wire_dtype,
                    std::optional<at::ScalarType> state_dtype, uint64_t seed,
-                   std::optional<double> spike_limit) {
+                   std::optional<double> spike_limit, int64_t check_every,
+                   std::optional<int64_t> resync_every) {
   compressor_named(compressor);
   return {std::move(compressor),
           feedback_named(feedback),
@@ -46,7 +47,9 @@ Config make_config(std::string compressor, const std::string& feedback, double r
           optional_dtype(wire_dtype),
           optional_dtype(state_dtype),
           seed,
-          spike_limit};
+          spike_limit,
+          check_every,
+          resync_every};
 }
 
 // The communication thread may need the GIL to finish (a Python callback on a future): whoever lets
@@ -108,7 +111,7 @@ py::tuple parts_of(const Config& config, bool compressed) {
 }
 
 // What make_plan() would decide of one tensor: (rows, cols, kept, wire, dense, state bytes,
-// reason).
+// reason, steps between resyncs, bytes of one).
 py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
                    const std::vector<int64_t>& strides, at::ScalarType dtype, int world_size) {
   const Compressor& compressor = compressor_named(config.compressor);
@@ -117,8 +120,9 @@ py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
   const Matrix m = view_as_matrix(config, compressor, shape_of(sizes, strides), types, world_size);
   int64_t numel = 1;
   for (const int64_t size : sizes) numel *= size;
-  return py::make_tuple(m.rows, m.cols, m.kept, m.wire_bytes, numel * size_of(gradient),
-                        m.state_bytes, m.why_dense);
+  return py::make_tuple(
+      m.rows, m.cols, m.kept, m.wire_bytes, numel * size_of(gradient), m.state_bytes, m.why_dense,
+      m.kept > 0 ? resync_every(config, compressor, types, world_size) : 0, m.resync_bytes);
 }
 
 }  // namespace
@@ -131,7 +135,7 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init(&make_config), py::kw_only(), py::arg("compressor"), py::arg("feedback"),
            py::arg("ratio"), py::arg("sketch_dim"), py::arg("row_width"), py::arg("eta"),
            py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"), py::arg("seed"),
-           py::arg("spike_limit"))
+           py::arg("spike_limit"), py::arg("check_every"), py::arg("resync_every"))
       .def_readwrite("compress_without_gain", &Config::compress_without_gain);
 
   using Group = c10::intrusive_ptr<c10d::ProcessGroup>;

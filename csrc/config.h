@@ -21,7 +21,9 @@ struct Config {
   std::optional<DType> wire_dtype;   // none: the gradient's
   std::optional<DType> state_dtype;  // none: float32
   uint64_t seed = 0;
-  std::optional<double> spike_limit;   // none: no limit
+  std::optional<double> spike_limit;    // none: no limit
+  int64_t check_every = 0;              // 0: never
+  std::optional<int64_t> resync_every;  // none: by the wire's type; 0: never
   bool compress_without_gain = false;  // tests alone: ratio 1 by way of sketch, select, pack, apply
 };
 

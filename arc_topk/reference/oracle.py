@@ -47,8 +47,8 @@ class Oracle:
         world_size: N.
         compressor: "dense", "arc_topk", "rand_k", "top_k".
         feedback: "none", "ef14", "ef21", "ef21m".
-        ratio, sketch_dim, row_width, eta, start_step, wire_dtype, state_dtype, seed, spike_limit:
-            as in the package's configuration; eta None means 0.1.
+        ratio, sketch_dim, row_width, eta, start_step, wire_dtype, state_dtype, seed, spike_limit,
+            resync_every: as in the package's configuration; eta None means 0.1.
         may_be_unused: a gradient that is zero on every rank stands for none, as DDP makes it for
             parameters that nobody used: no state changes, and the result is zero.
         streams: of each tensor the number that tells its Rand-K keys apart; None: 0, 1, 2, ...
@@ -79,6 +79,7 @@ class Oracle:
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
         spike_limit: float | None = None,
+        resync_every: int | None = None,
         may_be_unused: bool = False,
         streams: Sequence[int] | None = None,
     ) -> None:
@@ -107,6 +108,11 @@ class Oracle:
         self.limits = [SpikeLimit(spike_limit or math.inf) for _ in ranks]
         self.steps = 0
         self.started = not kind.dense_start
+        drifts = kind.dense_start and compressor in ("arc_topk", "rand_k") and world_size > 1
+        by_wire = {torch.bfloat16: 32, torch.float16: 2048}.get(self.types.wire, 0)
+        self.resync_every = by_wire if resync_every is None else resync_every
+        if not drifts:
+            self.resync_every = 0
 
     # -- what the tests look at --------------------------------------------------------------------
 
@@ -159,6 +165,8 @@ class Oracle:
                 g[i] = (g[i] * scale).to(self.types.gradient).to(self.types.work)
         if not self.started:
             return self._dense_start(by_tensor)
+        if self.resync_every and (step + 1) % self.resync_every == 0:
+            self._resync()
         all_dense = not any(v.compressed for v in self.views)
         in_place = all_dense and self.types.dense == self.types.gradient
         wire = Wire(self.types.dense, self.world_size, self.types.work, self._sums)
@@ -199,6 +207,15 @@ class Oracle:
                     state.start(g[i], mean)
             outputs = [s.output(mean) for s, mean in zip(self.states[0], means, strict=True)]
         return [self._result(t, output, "dense") for t, output in enumerate(outputs)]
+
+    def _resync(self) -> None:
+        """H = 1/N sum h_i, as the sums of wire values have rounded it away from there."""
+        for t, view in enumerate(self.views):
+            if view.compressed:
+                own = [states[t].load("h_i").double() for states in self.states]
+                mean = torch.stack(own).mean(dim=0).to(self.types.work)
+                for states in self.states:
+                    states[t].store("h", mean)
 
     def _dense_step(self, t: int, mean: Tensor) -> Result:
         """Mean g; under EF21M h = (1 - eta) h + eta mean g, its equations with C_i = X_i.

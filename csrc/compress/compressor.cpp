@@ -8,6 +8,8 @@ const char* name_of(Phase phase) {
   switch (phase) {
     case Phase::kPrepare:
       return "prepare";
+    case Phase::kResync:
+      return "resync";
     case Phase::kFirstCollective:
       return "first_collective";
     case Phase::kSelect:
@@ -18,6 +20,8 @@ const char* name_of(Phase phase) {
       return "second_collective";
     case Phase::kApply:
       return "apply";
+    case Phase::kCheck:
+      return "check";
   }
   return "?";
 }

@@ -12,13 +12,15 @@ namespace arc_topk {
 
 enum class Phase : uint8_t {
   kPrepare,
+  kResync,
   kFirstCollective,
   kSelect,
   kPack,
   kSecondCollective,
-  kApply
+  kApply,
+  kCheck
 };
-constexpr int kNumPhases = 6;
+constexpr int kNumPhases = 8;
 const char* name_of(Phase phase);
 
 // One bucket on its way through one step: what a compressor may do with it.

@@ -51,6 +51,22 @@ int64_t kept_rows(double ratio, int64_t rows) {
   return std::clamp<int64_t>(kept, 1, std::max<int64_t>(rows, 1));
 }
 
+// What the sum on its way rounds enters h and no h_i: h drifts, by the square root of the steps.
+// float16 rounds 8 times less than bfloat16, and an eighth of the drift a step makes 64 times as
+// many steps. docs/algorithm.md says what is left.
+int64_t resync_every(const Config& config, const Compressor& compressor, const Types& types,
+                     int world_size) {
+  if (!shares_estimate(config.feedback) || compressor.gathers() || !compressor.compresses() ||
+      world_size == 1) {
+    return 0;
+  }
+  constexpr int64_t kBF16 = 32;
+  const int64_t by_wire = types.wire == DType::kBF16  ? kBF16
+                          : types.wire == DType::kF16 ? 64 * kBF16
+                                                      : 0;
+  return config.resync_every.value_or(by_wire);
+}
+
 Types types_for(const Config& config, const Compressor& compressor, DType gradient) {
   Types types{};
   types.gradient = gradient;
@@ -76,7 +92,9 @@ Matrix view_as_matrix(const Config& config, const Compressor& compressor, const 
   matrix.state_bytes = state_bytes(config, compressor, types, shape.numel);
   matrix.wire_bytes = compressor.wire_bytes(matrix, types, config);
   matrix.why_dense = why_dense(config, compressor, shape, matrix, compressor.link_cost(world_size));
+  matrix.resync_bytes = shape.numel * size_of(types.work());
   if (!matrix.why_dense.empty()) {
+    matrix.resync_bytes = 0;
     matrix.kept = 0;
     matrix.wire_bytes = matrix.dense_bytes;
   }
@@ -120,6 +138,7 @@ Plan make_plan(const Config& config, const Compressor& compressor, DType gradien
     plan.dense_bytes += shape.numel * size_of(gradient);
     plan.segments.push_back(s);
   }
+  if (!plan.dense) plan.resync_every = resync_every(config, compressor, plan.types, world_size);
   plan.in_place = plan.dense && plan.types.dense == plan.types.gradient;
   (plan.dense ? dense() : compressor).lay_out(plan, config);
   return plan;

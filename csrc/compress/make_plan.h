@@ -17,6 +17,10 @@ Matrix view_as_matrix(const Config& config, const Compressor& compressor, const 
 // K = ceil(ratio * m), at least 1.
 int64_t kept_rows(double ratio, int64_t rows);
 
+// Steps from one resync of the shared estimate h to the next; 0: none is ever needed, or wanted.
+int64_t resync_every(const Config& config, const Compressor& compressor, const Types& types,
+                     int world_size);
+
 Plan make_plan(const Config& config, const Compressor& compressor, DType gradient,
                const std::vector<Shape>& shapes, int world_size);
 

@@ -71,6 +71,13 @@ class BucketExchange final : public Step, public CommThread::Job {
   at::Tensor carry();
   void start_dense();
   at::Tensor result();
+  // Throws where this step has left ranks with other rows or another result. A collective.
+  void check(const at::Tensor& averaged);
+  bool must_check() const;
+  // Sets h to the mean of the h_i, from which it drifts by what the wire's sums round. A
+  // collective.
+  void resync();
+  bool must_resync() const;
   void all_reduce(std::vector<at::Tensor>& payload, Phase phase);
   void leave();
   void count_step();

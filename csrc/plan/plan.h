@@ -37,6 +37,7 @@ struct Matrix {
   int64_t wire_bytes;
   int64_t dense_bytes;
   int64_t state_bytes;
+  int64_t resync_bytes;   // handed to the collectives in a step that resyncs, on top
   std::string why_dense;  // empty when compressed
 };
 
@@ -56,6 +57,8 @@ struct Plan {
   int64_t second_numel = 0;  // wire type
   int64_t flags_at = 0;      // element within the payload that carries the flags
   bool flags_in_first = true;
+
+  int64_t resync_every = 0;  // steps from one resync of h to the next; 0: never
 
   int64_t wire_bytes = 0;   // handed to the collectives, a rank and step
   int64_t dense_bytes = 0;  // what averaging without compression would hand over

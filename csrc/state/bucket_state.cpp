@@ -47,7 +47,8 @@ void allocate_payloads(BucketState& s, c10::Device device) {
   const Plan& plan = s.plan;
   s.first = one_of(uninitialised(plan.first_numel, scalar_type_of(plan.types.work()), device));
   s.second = one_of(uninitialised(plan.second_numel, scalar_type_of(plan.types.wire), device));
-  s.picks = uninitialised(plan.num_picks, at::kInt, device);
+  // Zeros: those of a tensor that has not been sent yet are compared between ranks as well.
+  s.picks = at::zeros({plan.num_picks}, at::TensorOptions().dtype(at::kInt).device(device));
 
   s.bucket.first = data_of(s.first);
   s.bucket.second = data_of(s.second);

@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <new>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,12 +17,13 @@
 namespace {
 
 std::atomic<int64_t> tensor_allocations{0};
+std::atomic<int64_t> fail_at{-1};  // the allocation that fails
 
 class CountingAllocator final : public c10::Allocator {
  public:
   explicit CountingAllocator(c10::Allocator* inner) : inner_(inner) {}
   c10::DataPtr allocate(size_t bytes) override {
-    ++tensor_allocations;
+    if (tensor_allocations++ == fail_at) throw std::bad_alloc();
     return inner_->allocate(bytes);
   }
   c10::DeleterFnPtr raw_deleter() const override { return inner_->raw_deleter(); }
@@ -78,9 +81,13 @@ struct Allocations {
 };
 
 // Per step, once the first steps have made plan, arenas and payloads.
-Allocations allocations_a_step(const Choice& choice, int tensors) {
+void count_allocations() {
   static CountingAllocator counting(c10::GetCPUAllocator());
   c10::SetCPUAllocator(&counting, /*priority=*/100);
+}
+
+Allocations allocations_a_step(const Choice& choice, int tensors) {
+  count_allocations();
   constexpr int kSteps = 20;
   Allocations a_step{};
   on_ranks(1, [&](int, const Group& group) {
@@ -113,6 +120,39 @@ TEST(Allocations, AStepTakesAFutureFromTheHeapAndNothingPerTensor) {
     // The future and what it holds; plain averaging: torch's own mul_; Top-K: the two lists that a
     // group without backends, as this one, wants.
     EXPECT_LE(many, 8) << choice.compressor;
+  }
+}
+
+TEST(Allocations, MemoryThatCannotBeHadForABucketIsAnErrorAndNothingIsTouched) {
+  count_allocations();
+  for (const Choice& choice : all_choices()) {
+    on_ranks(1, [&](int, const Group& group) {
+      Config config;
+      config.compressor = choice.compressor;
+      config.feedback = choice.feedback;
+      Exchange exchange(config, {group, group});
+      const std::vector<at::Tensor> parameters = many_parameters(2);
+      const at::Tensor buffer = gradient_of(parameters);
+      const at::Tensor before = buffer.clone();
+      int failures = 0;
+      for (;; ++failures) {
+        fail_at = tensor_allocations + failures;
+        const std::string error = error_of([&] { exchange.start(buffer, parameters, 0)->wait(); });
+        fail_at = -1;
+        if (error.empty()) break;
+        ASSERT_NE(error.find("bad_alloc"), std::string::npos) << error;
+        if (exchange.failed()) {  // V, once the step had begun: said with its place
+          ASSERT_NE(error.find("phase prepare"), std::string::npos) << error;
+          exchange.stop();
+          exchange.resume({group, group}, 0, /*afresh=*/false);
+        }
+        ASSERT_TRUE(buffer.equal(before));
+        ASSERT_EQ(group->collectives, 0);
+        ASSERT_LT(failures, 100);
+      }
+      EXPECT_GT(failures, choice.compressor == std::string("dense") ? 1 : 3);
+      EXPECT_EQ(exchange.metrics().steps, 1U);
+    });
   }
 }
 
@@ -180,6 +220,43 @@ TEST(Exchange, BytesOfTheLinkAreTheRings) {
     const Metrics gathered = metrics_of("top_k");
     EXPECT_DOUBLE_EQ(gathered.link_bytes, 3.0 * static_cast<double>(gathered.wire_bytes));
   });
+}
+
+// What is left of h once every gradient is zero and every h_i with it: what h had drifted by.
+double drift_after(const Choice& choice, std::optional<int64_t> resync_every, Metrics& metrics) {
+  double left = 0;
+  on_ranks(3, [&](int rank, const Group& group) {
+    Config config;
+    config.compressor = choice.compressor;
+    config.feedback = choice.feedback;
+    config.eta = 1;
+    config.ratio = 0.5;
+    config.wire_dtype = DType::kBF16;
+    config.resync_every = resync_every;
+    Exchange exchange(config, {group, group});
+    const std::vector<at::Tensor> parameters = {at::empty({64, 16})};
+    exchange.bind(parameters, {"weight"}, /*may_be_unused=*/false);
+    for (int step = 0; step < 64; ++step) exchange.run(gradient_of(parameters), parameters);
+    at::Tensor h;
+    for (int step = 0; step < 64; ++step) h = exchange.run(at::zeros({1024}), parameters);
+    if (rank != 0) return;
+    left = h.abs().max().item<double>();
+    metrics = exchange.metrics();
+  });
+  return left;
+}
+
+TEST(Exchange, WhatANarrowWireLetsTheEstimateDriftByIsMended) {
+  for (const char* compressor : {"arc_topk", "rand_k"}) {
+    for (const FeedbackKind feedback : {FeedbackKind::kEF21, FeedbackKind::kEF21M}) {
+      Metrics never, mended;
+      EXPECT_GT(drift_after({compressor, feedback}, 0, never), 1e-3);
+      EXPECT_LT(drift_after({compressor, feedback}, std::nullopt, mended), 1e-6);
+      // Every 32 of 128 steps: the estimate, in float32.
+      EXPECT_EQ(mended.collectives, never.collectives + 4);
+      EXPECT_EQ(mended.wire_bytes, never.wire_bytes + 4 * 1024 * 4);
+    }
+  }
 }
 
 TEST(Exchange, EnergyCapturedIsTheReducedRowsShare) {

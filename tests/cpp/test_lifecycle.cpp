@@ -148,6 +148,18 @@ TEST_F(LifecycleTest, ABucketQueuedBehindAnotherIsRefusedToo) {
   second->waitAndThrow();
 }
 
+TEST_F(LifecycleTest, ABucketWhoseFutureIsDroppedIsExchangedAllTheSame) {
+  const OneBucket bucket;
+  comm_->close();
+  start(bucket);
+  wait_for_collective(1);
+  expect_contains(error_of([&] { start(bucket); }), "still being exchanged");
+  comm_->open();
+  while (engine_->metrics().exchanges < 1) std::this_thread::yield();
+  while (!error_of([&] { start(bucket)->waitAndThrow(); }).empty()) std::this_thread::yield();
+  EXPECT_EQ(engine_->metrics().steps, 2U);
+}
+
 TEST_F(LifecycleTest, BucketsThatChangeWaitForWhatIsInTheAir) {
   const OneBucket bucket;
   comm_->close();

@@ -4,6 +4,7 @@
 
 #include <barrier>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -49,6 +50,7 @@ class ThreadGroup final : public c10d::ProcessGroup {
       meeting_->barrier.arrive_and_wait();
       mine.copy_(sum);
     }
+    if (corrupt) corrupt(mine);
     return done(mine);
   }
 
@@ -60,6 +62,7 @@ class ThreadGroup final : public c10d::ProcessGroup {
     meeting_->barrier.arrive_and_wait();
     for (int rank = 0; rank < getSize(); ++rank)
       outputs.at(0).at(rank).copy_(meeting_->offered[rank]);
+    if (corrupt) corrupt(outputs.at(0).at(0));
     meeting_->barrier.arrive_and_wait();
     return work_;
   }
@@ -67,7 +70,8 @@ class ThreadGroup final : public c10d::ProcessGroup {
   const std::string getBackendName() const override { return "threads"; }
 
   int collectives = 0;
-  std::string failure;  // what the next collective throws, if not empty
+  std::string failure;                       // what the next collective throws, if not empty
+  std::function<void(at::Tensor&)> corrupt;  // what has arrived on this rank
 
  private:
   c10::intrusive_ptr<c10d::Work> done(const at::Tensor& tensor) {

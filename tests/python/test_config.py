@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import pickle
 import typing
+from fractions import Fraction
 from typing import Any
 
 import numpy
@@ -22,6 +23,10 @@ import arc_topk
         ({"feedback": "ef"}, ValueError, ["feedback", "'ef'", "'ef21m'"]),
         ({"ratio": 0}, ValueError, ["ratio", "0", "(0, 1]"]),
         ({"ratio": 1.5}, ValueError, ["ratio", "1.5", "(0, 1]"]),
+        ({"ratio": 10**400}, ValueError, ["ratio", "1000", "(0, 1]"]),
+        ({"ratio": Fraction(1, 10**400)}, ValueError, ["ratio", "Fraction", "(0, 1]"]),
+        ({"check_every": -1}, ValueError, ["check_every", "-1", "from 0"]),
+        ({"resync_every": 1.5}, TypeError, ["resync_every", "1.5", "float", "integer"]),
         ({"ratio": float("nan")}, ValueError, ["ratio", "nan", "(0, 1]"]),
         ({"ratio": "0.1"}, TypeError, ["ratio", "'0.1'", "str", "(0, 1]"]),
         ({"ratio": True}, TypeError, ["ratio", "True", "bool"]),

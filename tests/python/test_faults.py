@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import signal
 from datetime import timedelta
 from typing import Any
@@ -54,6 +55,8 @@ def register_with(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> 
         ("state_dtype", (torch.bfloat16, None, None)),
         ("seed", (1, 2, 3)),
         ("spike_limit", (None, 3.0, None)),
+        ("check_every", (0, 5, 0)),
+        ("resync_every", (None, None, 3)),
     ],
 )
 def test_configurations_that_differ(pools: Pools, field: str, values: tuple[Any, ...]) -> None:
@@ -62,6 +65,31 @@ def test_configurations_that_differ(pools: Pools, field: str, values: tuple[Any,
         assert text.startswith("ValueError") and f"Config.{field}" in text
         for rank, value in enumerate(values):
             assert f"rank {rank}: {value}" in text
+
+
+def test_momenta_that_differ(pools: Pools) -> None:
+    by_rank = [{"feedback": "ef21m", "eta": eta} for eta in (0.1, 0.1, 0.2)]
+    for text in pools.of(3).run(register_with, by_rank):
+        assert "Config.eta differs between ranks (rank 0: 0.1, rank 1: 0.1, rank 2: 0.2)" in text
+
+
+def register_as(rank: int, world_size: int, module: str, name: str, on_one: str) -> str:
+    import importlib
+
+    where = importlib.import_module(module)
+    true = getattr(where, name)
+    if rank == 1:
+        setattr(where, name, on_one)
+    try:
+        return register_with(rank, world_size, [{}] * world_size)
+    finally:
+        setattr(where, name, true)
+
+
+@pytest.mark.parametrize(("module", "what"), [("arc_topk", "arc-topk"), ("torch", "torch")])
+def test_versions_that_differ(pools: Pools, module: str, what: str) -> None:
+    for text in pools.of(3).run(register_as, module, "__version__", "0.0.7"):
+        assert f"the version of {what} differs between ranks" in text and "rank 1: 0.0.7" in text
 
 
 def test_a_wrong_value_on_one_rank_is_an_error_on_all(pools: Pools) -> None:
@@ -94,6 +122,47 @@ def exchange_with(rank: int, world_size: int, shapes: list[tuple[int, ...]]) -> 
 def test_tensors_that_differ(ranks: Ranks) -> None:
     for text in ranks.run(exchange_with, [(4, 2), (4, 3)]):
         assert "shape of tensor 1" in text and "(4, 2)" in text and "(4, 3)" in text
+
+
+def exchange_of(rank: int, world_size: int, by_rank: list[list[torch.Tensor]]) -> str:
+    tensors = [t.to(DEVICE) for t in by_rank[rank]]
+    return message_of(lambda: arc_topk.GradientExchange(tensors))
+
+
+A, B = torch.zeros(4, 2), torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("one", "words"),
+    [
+        ([A], ("the number of tensors", "rank 0: 2, rank 1: 1")),
+        ([B, A], ("the shape of tensor 0", "rank 0: (4, 2), rank 1: (2, 4)")),
+        ([A, B.double()], ("the dtype of tensor 1", "torch.float32", "torch.float64")),
+        ([A, A.t()], ("the strides of tensor 1", "rank 0: (4, 1), rank 1: (1, 2)")),
+    ],
+)
+def test_lists_that_differ(ranks: Ranks, one: list[torch.Tensor], words: tuple[str, ...]) -> None:
+    for text in ranks.run(exchange_of, [[A, B], one]):
+        assert text.startswith("ValueError")
+        for word in words:
+            assert word in text, text
+
+
+class Named(torch.nn.Module):
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, torch.nn.Parameter(torch.zeros(4, 4, device=DEVICE)))
+
+
+def register_named(rank: int, world_size: int, by_rank: list[str]) -> str:
+    model = torch.nn.parallel.DistributedDataParallel(Named(by_rank[rank]))
+    return message_of(lambda: arc_topk.register(model))
+
+
+def test_parameters_in_another_order(ranks: Ranks) -> None:
+    for text in ranks.run(register_named, ["ab", "ba"]):
+        assert "the name of tensor 0" in text and "rank 0: a, rank 1: b" in text
 
 
 def exchange_on_another_device(rank: int, world_size: int) -> str:
@@ -150,3 +219,29 @@ def test_a_lost_rank_is_an_error_that_names_its_place(how: str) -> None:
     assert ok, texts
     for words in ("rank 0", "bucket 0", "first parameter 'tensors.", "phase first_collective"):
         assert words in texts[0], texts[0]
+
+
+# --- memory that cannot be had
+# ------------------------------------------------------------------------------------
+
+
+def run_out_of_memory(rank: int, world_size: int) -> str:
+    """Rank 1 may take half of what its first bucket's state and payloads need."""
+    numel = 8 * 2**20
+    tensors = [torch.zeros(numel // 1024, 1024)]
+    exchange = arc_topk.GradientExchange(tensors, feedback="ef21m")
+    if rank == 1:
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + numel * 6, most))
+    return message_of(lambda: exchange.all_reduce_(tensors))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the limit is the host's memory's")
+def test_memory_that_one_rank_cannot_have() -> None:
+    with temporary(2, SHORT) as pool:
+        zero, one = pool.run(run_out_of_memory)
+    assert "alloc" in one, one
+    for words in ("rank 0", "bucket 0", "'tensor 0'", "phase first_collective"):
+        assert words in zero, zero

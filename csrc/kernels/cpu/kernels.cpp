@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/cpu/select.h"
+#include "kernels/cpu/underflow.h"
 
 namespace arc_topk {
 namespace cpu {
@@ -47,6 +48,7 @@ namespace {
 template <class F>
 void for_pieces(const Bucket& b, const F& f) {
   at::parallel_for(0, b.num_pieces, 1, [&](int64_t begin, int64_t end) {
+    const GradualUnderflow kept;
     for (int64_t i = begin; i < end; ++i) f(b.pieces[i], b.segments[b.pieces[i].segment], i);
   });
 }
@@ -133,6 +135,7 @@ void CpuKernels::project(const Bucket& b, float* data, int64_t stride, int64_t b
                          uint64_t seed, uint64_t step) const {
   constexpr int64_t kGrain = 4096;
   at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
+    const GradualUnderflow kept;
     rows_.project(data, stride, from, to, b.sketch_dim, seed, step);
   });
 }
