@@ -85,11 +85,13 @@ asan: $(DEPENDENCIES) ## C++ tests, and real DDP for a minute, under AddressSani
 
 # Into the build that `make asan` has made, or makes.
 FUZZ ?= 10000
-fuzz: asan ## FUZZ (10000) configurations, shapes and steps by chance, under AddressSanitizer and UBSan
+fuzz: asan ## FUZZ (10000) configurations, shapes, steps and checkpoints by chance, under AddressSanitizer and UBSan
 	ARC_TOPK_FUZZ=$(FUZZ) ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  build/asan/tests/cpp/arc_topk_tests --gtest_brief=1 --gtest_filter='Fuzz.*'
 	$(LIBRARIES_FIRST) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH=build/asan/python $(PY) tests/python/fuzz.py $(FUZZ)
+	$(LIBRARIES_FIRST) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=build/asan/python $(PY) tests/python/fuzz_checkpoint.py $(FUZZ)
 
 tsan: $(DEPENDENCIES) ## C++ tests that have threads, under ThreadSanitizer
 	$(call SANITIZED,thread)

@@ -57,7 +57,7 @@ def empty(config: Config) -> StateDict:
 
 
 def meta_of(state_dict: StateDict) -> dict[str, Any]:
-    """What a checkpoint tells of itself, or ValueError."""
+    """What a checkpoint tells of itself; ValueError where it is none, or not of this format."""
     if not isinstance(state_dict, Mapping) or {"meta", "shared", "own"} - set(state_dict):
         what = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else state_dict
         raise ValueError(
@@ -65,13 +65,57 @@ def meta_of(state_dict: StateDict) -> dict[str, Any]:
             "'shared': what state_dict() of a State gave"
         )
     try:
-        meta: dict[str, Any] = json.loads(state_dict["meta"])
-        found = meta["format"]
-    except (TypeError, ValueError, KeyError) as error:
+        meta = json.loads(state_dict["meta"])
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"arc_topk: the checkpoint's 'meta' cannot be read: {error!r}") from None
+    found = meta.get("format") if isinstance(meta, dict) else None
     if found != FORMAT:
         raise ValueError(
             f"arc_topk: the checkpoint is of format {found}; expected {FORMAT}: load it with the "
             "arc-topk that saved it"
         )
-    return meta
+    _check("meta", meta, _META)
+    _check("shared", state_dict["shared"], {str: torch.Tensor})
+    _check("own", state_dict["own"], {str: {str: {str: torch.Tensor}}})
+    return dict(meta)
+
+
+# A type; a list of such; or a dict by its keys, or by the type of any of them.
+_META = {
+    "id": str,
+    "config": {"feedback": str},
+    "world_size": range(1, 2**31),
+    "steps": range(2**63),
+    "compressed_steps": range(2**63),
+    "parameters": {str: [range(2**63)]},
+    "started": [str],
+}
+
+
+def _check(where: str, value: Any, expected: Any) -> None:
+    """Raises ValueError where ``value`` is not made as ``expected``."""
+    fits = True
+    if isinstance(expected, range):
+        fits = type(value) is int and value in expected
+    elif isinstance(expected, list):
+        fits = isinstance(value, list)
+    elif isinstance(expected, dict):
+        fits = isinstance(value, Mapping)
+    else:
+        fits = isinstance(value, expected)
+    if not fits:
+        raise ValueError(
+            f"arc_topk: the checkpoint is damaged: '{where}' is {str(value)[:80]!r}; "
+            "expected what state_dict() gave"
+        )
+    if isinstance(expected, list):
+        for one in value:
+            _check(where, one, expected[0])
+    if isinstance(expected, dict):
+        by_type = expected.get(str)
+        for key, of in dict.fromkeys(value, by_type).items() if by_type else expected.items():
+            _check(f"{where}.{key}", value.get(key), of)
+            if not isinstance(key, str):
+                raise ValueError(
+                    f"arc_topk: the checkpoint is damaged: '{where}' has a key {key!r}"
+                )

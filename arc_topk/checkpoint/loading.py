@@ -143,9 +143,9 @@ class _Taker:
         self._ranks = [] if self._afresh else list(range(rank, old, new))
         for one in self._ranks:
             if f"rank_{one}" not in self._own:
-                there = sorted(int(key.removeprefix("rank_")) for key in self._own)
+                there = ", ".join(sorted(key.removeprefix("rank_") for key in self._own))
                 raise ValueError(
-                    f"arc_topk: the checkpoint holds the own parts of the ranks {there} of {old}; "
+                    f"arc_topk: the checkpoint holds own parts of the ranks [{there}] of {old}; "
                     f"expected rank {one}'s on rank {rank}: the error feedback of another rank "
                     "would bias the average for good. Save on every rank (State.save(folder), or "
                     "state_dict(), which rank 0 has whole), or load with drop_residuals=True"
@@ -209,9 +209,15 @@ class _Taker:
 
 
 def _check_part(name: str, which: str, part: torch.Tensor, like: torch.Tensor) -> None:
-    if not isinstance(part, torch.Tensor) or part.shape != like.shape:
-        found = list(part.shape) if isinstance(part, torch.Tensor) else part
+    usable = part.layout == torch.strided and part.is_floating_point() and not part.is_meta
+    if not usable or part.shape != like.shape:
         raise ValueError(
-            f"arc_topk: the {which} part of parameter '{name}' is {found} in the checkpoint; "
-            f"expected a tensor of shape {list(like.shape)}"
+            f"arc_topk: the {which} part of parameter '{name}' is a tensor of {part.dtype}, "
+            f"{part.layout}, shape {list(part.shape)} in the checkpoint; expected numbers of shape "
+            f"{list(like.shape)}"
+        )
+    if not part.isfinite().all():
+        raise ValueError(
+            f"arc_topk: the {which} part of parameter '{name}' is not finite in the checkpoint; "
+            "error feedback always is: the checkpoint is damaged"
         )

@@ -415,15 +415,15 @@ def refuse(
 
 
 EXPECTED = {
-    "rank 0's alone": "holds the own parts of the ranks [0] of 2",
+    "rank 0's alone": "holds own parts of the ranks [0] of 2",
     "another rank's": "would bias the average for good",
-    "nobody's": "holds the own parts of the ranks [] of 2",
+    "nobody's": "holds own parts of the ranks [] of 2",
     "newer": "is of format 2; expected 1",
     "other feedback": "of feedback='ef21', this State of feedback='ef14'",
     "more parameters": "has a parameter 'new.weight', the model has none",
     "fewer parameters": "has no parameter 'tensors.0'",
     "other shape": "parameter 'tensors.0' has shape [40, 24], in the checkpoint [3]",
-    "other part": "the own a part of parameter 'tensors.0' is [3]",
+    "other part": "the own a part of parameter 'tensors.0' is a tensor of torch.float32",
     "no meta": "expected 'meta', 'own' and 'shared'",
     "broken meta": "'meta' cannot be read",
     "no dict": "expected 'meta', 'own' and 'shared'",
