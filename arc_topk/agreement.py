@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from arc_topk.meeting import WAIT, meet
 
 Sizes = tuple[int, ...]
 Tensors = Sequence[tuple[str, Sizes, str, Sizes]]
+T = TypeVar("T")
 
 
 def describe_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> Tensors:
@@ -41,6 +43,7 @@ def agree(
     call: str,
     wait: timedelta,
     device: torch.device,
+    grad_scaler: str = "None",
 ) -> None:
     """Compares configuration and tensors across the ranks of ``group``: a collective.
 
@@ -53,6 +56,7 @@ def agree(
         call: what the user has called, for messages.
         wait: for ranks that are not there yet.
         device: where the group's collectives may put what they send.
+        grad_scaler: this rank's, by `describe_scaler`.
 
     Raises:
         RuntimeError: on every rank that was there, if some were not.
@@ -60,23 +64,41 @@ def agree(
             values.
     """
     fields = {} if config is None else {k: str(v) for k, v in vars(config).items()}
-    mine = (None if error is None else f"{type(error).__name__}: {error}", fields, list(tensors))
-    ranks: list[tuple[str | None, dict[str, str], list[tuple[str, Sizes, str, Sizes]]]]
-    ranks = [mine] * dist.get_world_size(group)
+    mine = (fields, list(tensors), grad_scaler)
+    ranks = gather(mine, error, group, call=call, wait=wait, device=device)
+    for field in dataclasses.fields(Config):
+        equal(f"Config.{field.name}", [rank[0][field.name] for rank in ranks])
+    equal("grad_scaler", [rank[2] for rank in ranks])
+    equal("the number of tensors", [str(len(rank[1])) for rank in ranks])
+    for i, tensor in enumerate(mine[1]):
+        for what, j in (("name", 0), ("shape", 1), ("dtype", 2), ("strides", 3)):
+            equal(f"the {what} of tensor {i} ('{tensor[0]}')", [str(r[1][i][j]) for r in ranks])
+
+
+def gather(
+    mine: T,
+    error: Exception | None,
+    group: dist.ProcessGroup,
+    *,
+    call: str,
+    wait: timedelta,
+    device: torch.device,
+) -> list[T]:
+    """What each rank of ``group`` brings, unless one brings an error: a collective.
+
+    Args and errors are those of `agree`.
+    """
+    told = (None if error is None else f"{type(error).__name__}: {error}", mine)
+    ranks: list[tuple[str | None, T]] = [told] * dist.get_world_size(group)
     _meet(group, call, wait, error)
     with current(device):
-        dist.all_gather_object(ranks, mine, group=group)
+        dist.all_gather_object(ranks, told, group=group)
     if error is not None:
         raise error
-    for rank, (theirs, _, _) in enumerate(ranks):
+    for rank, (theirs, _) in enumerate(ranks):
         if theirs is not None:
             raise ValueError(f"arc_topk: {call} failed on rank {rank}: {theirs}")
-    for field in dataclasses.fields(Config):
-        _equal(f"Config.{field.name}", [rank[1][field.name] for rank in ranks])
-    _equal("the number of tensors", [str(len(rank[2])) for rank in ranks])
-    for i, tensor in enumerate(mine[2]):
-        for what, j in (("name", 0), ("shape", 1), ("dtype", 2), ("strides", 3)):
-            _equal(f"the {what} of tensor {i} ('{tensor[0]}')", [str(r[2][i][j]) for r in ranks])
+    return [rank[1] for rank in ranks]
 
 
 def _meet(group: dist.ProcessGroup, call: str, wait: timedelta, error: Exception | None) -> None:
@@ -89,7 +111,8 @@ def _meet(group: dist.ProcessGroup, call: str, wait: timedelta, error: Exception
         raise error from None
 
 
-def _equal(what: str, values: list[str]) -> None:
+def equal(what: str, values: list[str]) -> None:
+    """Raises ValueError, which lists them, where the ranks' values differ."""
     if len(set(values)) > 1:
         listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
         raise ValueError(
