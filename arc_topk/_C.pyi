@@ -73,6 +73,18 @@ class Exchange:
         ``may_be_unused``: a gradient of zeros on all ranks stands for none, and changes no state.
         """
 
+    def set_loss_scale(self, scale: torch.Tensor | None) -> None:
+        """Gradients and results are ``scale`` times too large from now on; read anew every step.
+
+        ``scale``: a GradScaler's number (0-dim float32), changed in place. None: they are not.
+        """
+
+    def check_idle(self) -> None:
+        """Raises RuntimeError where a bucket is in the air."""
+
+    def rescale(self, factor: float) -> None:
+        """Multiplies all error feedback. Not while a bucket is in the air."""
+
     def stop(self) -> None:
         """Gives up what is in the air, after a second's grace. Until `resume`, no bucket starts."""
 

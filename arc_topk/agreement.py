@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,8 @@ from arc_topk.groups import current
 from arc_topk.meeting import WAIT, meet
 
 Sizes = tuple[int, ...]
-_Tensor = tuple[str, Sizes, str, Sizes]
-Tensors = Sequence[_Tensor]
+Tensors = Sequence[tuple[str, Sizes, str, Sizes]]
+T = TypeVar("T")
 
 
 def describe_tensors(named: Sequence[tuple[str, torch.Tensor]]) -> Tensors:
@@ -64,30 +65,44 @@ def agree(
             values.
     """
     fields = {} if config is None else {k: str(v) for k, v in vars(config).items()}
-    told = None if error is None else f"{type(error).__name__}: {error}"
-    versions = _versions()
-    mine = (told, versions | fields, list(tensors), dict(facts or {}))
-    ranks: list[tuple[str | None, dict[str, str], list[_Tensor], dict[str, str]]]
-    ranks = [mine] * dist.get_world_size(group)
+    mine = (_versions() | fields, list(tensors), dict(facts or {}))
+    ranks = gather(mine, error, group, call=call, wait=wait, device=device)
+    for what in _versions():
+        equal(what, [rank[0].get(what, "unknown") for rank in ranks])
+    for field in dataclasses.fields(Config):
+        equal(f"Config.{field.name}", [rank[0][field.name] for rank in ranks])
+    equal("the number of tensors", [str(len(rank[1])) for rank in ranks])
+    for i, tensor in enumerate(mine[1]):
+        for what, j in (("name", 0), ("shape", 1), ("dtype", 2), ("strides", 3)):
+            equal(f"the {what} of tensor {i} ('{tensor[0]}')", [str(r[1][i][j]) for r in ranks])
+    for what in dict.fromkeys(what for rank in ranks for what in rank[2]):
+        equal(what, [rank[2].get(what, "none") for rank in ranks])
+
+
+def gather(
+    mine: T,
+    error: Exception | None,
+    group: dist.ProcessGroup,
+    *,
+    call: str,
+    wait: timedelta,
+    device: torch.device,
+) -> list[T]:
+    """What each rank of ``group`` brings, unless one brings an error: a collective.
+
+    Args and errors are those of `agree`.
+    """
+    told = (None if error is None else f"{type(error).__name__}: {error}", mine)
+    ranks: list[tuple[str | None, T]] = [told] * dist.get_world_size(group)
     _meet(group, call, wait, error)
     with current(device):
-        dist.all_gather_object(ranks, mine, group=group)
+        dist.all_gather_object(ranks, told, group=group)
     if error is not None:
         raise error
-    for rank, (theirs, *_) in enumerate(ranks):
+    for rank, (theirs, _) in enumerate(ranks):
         if theirs is not None:
             raise ValueError(f"arc_topk: {call} failed on rank {rank}: {theirs}")
-    for what in versions:
-        _equal(what, [rank[1].get(what, "unknown") for rank in ranks])
-    for field in dataclasses.fields(Config):
-        _equal(f"Config.{field.name}", [rank[1][field.name] for rank in ranks])
-    _equal("the number of tensors", [str(len(rank[2])) for rank in ranks])
-    for i, tensor in enumerate(mine[2]):
-        for what, j in (("name", 0), ("shape", 1), ("dtype", 2), ("strides", 3)):
-            _equal(f"the {what} of tensor {i} ('{tensor[0]}')", [str(r[2][i][j]) for r in ranks])
-
-    for what in dict.fromkeys(what for rank in ranks for what in rank[3]):
-        _equal(what, [rank[3].get(what, "none") for rank in ranks])
+    return [rank[1] for rank in ranks]
 
 
 def _versions() -> dict[str, str]:
@@ -108,7 +123,8 @@ def _meet(group: dist.ProcessGroup, call: str, wait: timedelta, error: Exception
         raise error from None
 
 
-def _equal(what: str, values: list[str]) -> None:
+def equal(what: str, values: list[str]) -> None:
+    """Raises ValueError, which lists them, where the ranks' values differ."""
     if len(set(values)) > 1:
         listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
         raise ValueError(

@@ -18,6 +18,7 @@ def register(
     config: Config | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
     **fields: Unpack[Fields],
 ) -> State:
     """Registers compression on ``ddp``: its gradients are averaged by it from the next backward on.
@@ -35,6 +36,9 @@ def register(
         config: how gradients are averaged; or give its fields as keywords.
         optimizer: it warns once where several synchronised backward passes make one of its steps,
             which EF21 and EF21M cannot add up. Nothing else is done with it.
+        grad_scaler: what scales the loss, for one optimizer. The error feedback is then of the
+            unscaled gradients, whatever the scale, and what EF14 has sent in a step that the
+            scaler skips is owed again. A scaler that is not enabled counts as none.
         **fields: fields of `Config`, instead of ``config``.
 
     Returns:
@@ -42,7 +46,7 @@ def register(
 
     Raises:
         TypeError: there is no DistributedDataParallel in ``ddp`` or more than one; a field has a
-            wrong type, or is none of `Config`'s.
+            wrong type, or is none of `Config`'s; ``grad_scaler`` is no GradScaler.
         ValueError: a field's value is wrong, ``ddp`` cannot be served (it has a hook already, mixed
             precision, the Python reducer, an optimizer in backward, sparse or complex parameters),
             or ranks differ: on every rank, whichever rank it happened on.
@@ -57,7 +61,7 @@ def register(
         check_hookable(wrapped)
     except Exception as found:
         error = found  # whatever it is: bind_together() tells the other ranks, and raises it
-    state = bind_together(state, wrapped, error, "register(ddp)")
+    state = bind_together(state, wrapped, error, "register(ddp)", grad_scaler)
     engine = state._engine
     assert engine is not None  # bind_together() has made it
     _C.register_comm_hook(wrapped.reducer, engine)

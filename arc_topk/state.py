@@ -1,5 +1,6 @@
 """State: the engine of one DDP instance on one rank, with its error feedback."""
 
+import math
 import uuid
 import warnings
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing_extensions import Unpack
 
 from arc_topk import _C
 from arc_topk.accumulation import warn_of_accumulation
-from arc_topk.agreement import agree, describe_tensors
+from arc_topk.agreement import agree, describe_tensors, equal, gather
 from arc_topk.checkpoint import ErrorFeedback
 from arc_topk.checkpoint.contents import StateDict, empty, meta_of
 from arc_topk.checkpoint.holder import Holder
@@ -31,6 +32,7 @@ from arc_topk.groups import (
 )
 from arc_topk.meeting import WAIT
 from arc_topk.plan import Plan, make_plan
+from arc_topk.scaling import describe_scaler, scale_of, watch
 
 
 class State(ErrorFeedback):
@@ -72,7 +74,8 @@ class State(ErrorFeedback):
         self._pending: tuple[StateDict, bool] | None = None
         self._engine: _C.Exchange | None = None
         self._transport: Transport | None = None
-        self._device: torch.device | None = None
+        self._device = torch.device("cpu")
+        self._scaled = False  # by a GradScaler that the engine knows
 
     def __repr__(self) -> str:
         config = self.config
@@ -86,7 +89,11 @@ class State(ErrorFeedback):
         )
 
     def bind(
-        self, ddp: torch.nn.Module, *, optimizer: torch.optim.Optimizer | None = None
+        self,
+        ddp: torch.nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> "State":
         """Takes parameter names and process group from ``ddp``, and compares all ranks.
 
@@ -99,18 +106,21 @@ class State(ErrorFeedback):
         Args:
             ddp: the wrapped model, as for `register`.
             optimizer: as for `register`.
+            grad_scaler: as for `register`. For a state that was used without one while the loss was
+                scaled, `rescale_` comes first, by 1 over the scale.
 
         Returns:
             Itself.
 
         Raises:
-            TypeError: there is no DistributedDataParallel in ``ddp``, or more than one.
+            TypeError: there is no DistributedDataParallel in ``ddp``, or more than one;
+                ``grad_scaler`` is no GradScaler.
             ValueError: on every rank, if a parameter cannot be served, the state is of another
                 model or another number of ranks, or ranks differ.
             RuntimeError: a rank has not called it within a minute (for a state that was used: the
                 process group's time-out); names it. Then it may be called again.
         """
-        bind_together(self, ddp_in(ddp), None, "State.bind(ddp)")
+        bind_together(self, ddp_in(ddp), None, "State.bind(ddp)", grad_scaler)
         if optimizer is not None:
             warn_of_accumulation(self, optimizer)
         return self
@@ -172,8 +182,54 @@ class State(ErrorFeedback):
                 "arc_topk: the State is not bound, its parameters have no names; expected "
                 "state.bind(ddp), or register(ddp), before error feedback is saved or loaded"
             )
-        assert self._group is not None and self._device is not None
+        assert self._group is not None
         return Holder("State", self.config, self._group, self._device, self._every)
+
+    def rescale_(self, factor: float) -> "State":
+        """Multiplies all error feedback: for gradients that are ``factor`` times as large from now.
+
+        For loss scaling that the engine does not know of; with ``grad_scaler`` given to `register`
+        or `bind` nothing is to be done. A collective: every rank must call it with the same factor,
+        between two backward passes::
+
+            before = scaler.get_scale()
+            scaler.update()
+            if scaler.get_scale() != before:
+                state.rescale_(scaler.get_scale() / before)
+
+        Args:
+            factor: positive and finite.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: on every rank, if the factor is not such or differs between ranks, or there
+                is a ``grad_scaler``.
+            RuntimeError: not bound and no step made yet; a bucket is being exchanged; or a rank has
+                not called it within a minute, which is named.
+        """
+        if self._engine is None or self._group is None:
+            raise RuntimeError(
+                "State.rescale_(factor) has nothing yet: bind(ddp) or run a step first"
+            )
+        error: Exception | None = None
+        try:
+            self._engine.check_idle()
+            if self._scaled:
+                raise ValueError(
+                    "the state was bound with grad_scaler; expected none: with it the error "
+                    "feedback follows the scale by itself"
+                )
+            if not 0 < float(factor) < math.inf:
+                raise ValueError(f"factor is {factor}; expected a positive finite number")
+        except Exception as found:  # whatever it is: the other ranks must learn of it
+            error = found
+        call = "State.rescale_(factor)"
+        ranks = gather(str(factor), error, self._group, call=call, wait=WAIT, device=self._device)
+        equal("factor", ranks)
+        self._engine.rescale(float(factor))
+        return self
 
     def _steps(self) -> int:
         return 0 if self._engine is None else self._engine.steps
@@ -206,6 +262,7 @@ class State(ErrorFeedback):
         device: torch.device,
         named: Sequence[tuple[str, torch.Tensor]],
         may_be_unused: bool = True,
+        loss_scale: torch.Tensor | None = None,
     ) -> None:
         """Stops the engine, if there is one, and goes on over ``group``. A collective."""
         mine = self._stand()
@@ -223,6 +280,7 @@ class State(ErrorFeedback):
         if named:
             names = [name for name, _ in named]
             engine.bind([tensor for _, tensor in named], names, may_be_unused)
+        engine.set_loss_scale(loss_scale)
         engine.resume(
             group,
             comm_group_for(group, self._transport, ranks[0].token),
@@ -230,6 +288,8 @@ class State(ErrorFeedback):
             moved or not together,
         )
         self._engine = engine
+        self._device = device
+        self._scaled = loss_scale is not None
 
     def _stand(self) -> "_Stand":
         token = uuid.uuid4().hex
@@ -286,7 +346,11 @@ def _members(group: dist.ProcessGroup) -> tuple[int, ...]:
 
 
 def bind_together(
-    state: State | None, ddp: DistributedDataParallel, error: Exception | None, call: str
+    state: State | None,
+    ddp: DistributedDataParallel,
+    error: Exception | None,
+    call: str,
+    grad_scaler: torch.amp.GradScaler | None,
 ) -> State:
     """Compares the ranks, all of them or none; then gives the state its names, group and engine.
 
@@ -300,7 +364,9 @@ def bind_together(
     ]
     named = [(name, parameter) for name, parameter in every if parameter.requires_grad]
     loaded: Loaded | None = None
+    loss_scale: torch.Tensor | None = None
     try:
+        loss_scale = scale_of(grad_scaler, ddp.device)
         error = error or unservable_parameter(ddp, named)
         if error is None and state is not None:
             error = _unbindable(state, ddp, every)
@@ -322,17 +388,20 @@ def bind_together(
         call=call,
         wait=wait,
         device=device,
-        facts=loaded.facts if loaded else None,
+        facts={"grad_scaler": describe_scaler(loss_scale)} | (loaded.facts if loaded else {}),
     )
     assert state is not None  # else there was an error
     # With these DDP throws away what parameters get that no rank has used.
     may_be_unused = ddp.find_unused_parameters or ddp.static_graph
-    state._go_on(group, device, every, may_be_unused)
+    state._go_on(group, device, every, may_be_unused, loss_scale)
     state._every = [(name, _shape_of(parameter)) for name, parameter in every]
     if loaded is not None:
         assert state._engine is not None
         loaded.into(state._engine)
         state._pending = None
+    if loss_scale is not None:
+        assert grad_scaler is not None
+        watch(grad_scaler, loss_scale)
     return state
 
 

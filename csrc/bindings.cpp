@@ -163,6 +163,14 @@ PYBIND11_MODULE(_C, module) {
       .def("check_bind", &Exchange::check_bind, py::arg("parameters"), py::arg("names"))
       .def("bind", &Exchange::bind, py::arg("parameters"), py::arg("names"),
            py::arg("may_be_unused"))
+      .def(
+          "set_loss_scale",
+          [](Exchange& exchange, const std::optional<at::Tensor>& scale) {
+            exchange.set_loss_scale(scale.value_or(at::Tensor()));
+          },
+          py::arg("scale"))
+      .def("check_idle", &Exchange::check_idle)
+      .def("rescale", &Exchange::rescale, py::arg("factor"))
       .def("stop", &Exchange::stop, without_gil)
       .def("standing",
            [](const Exchange& exchange) {

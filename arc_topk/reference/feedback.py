@@ -77,6 +77,9 @@ class Feedback:
     def undo(self, g: Tensor) -> None:
         """Takes back `prepare(g)`, by solving its equation for the old state."""
 
+    def reclaim(self, c: Tensor) -> None:
+        """The step was skipped, and c, sent in it, has changed nothing."""
+
     def output(self, c: Tensor) -> Tensor:
         """What DDP gets."""
         return c
@@ -106,6 +109,10 @@ class EF14(Feedback):
     def undo(self, g: Tensor) -> None:
         """e_i = X_i - g_i."""
         self._restore("e", self.load("e") - g)
+
+    def reclaim(self, c: Tensor) -> None:
+        """e_i += c: owed again."""
+        self._store_finite("e", self.load("e") + c)
 
 
 class EF21(Feedback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -106,6 +106,8 @@ class Oracle:
         ]
         ranks = range(world_size if spike_limit is not None else 0)
         self.limits = [SpikeLimit(spike_limit or math.inf) for _ in ranks]
+        self._sent: list[Compressed | None] = [None] * len(self.views)
+        self._loss_scale = 1.0
         self.steps = 0
         self.started = not kind.dense_start
         drifts = kind.dense_start and compressor in ("arc_topk", "rand_k") and world_size > 1
@@ -137,6 +139,7 @@ class Oracle:
         gradients: Sequence[Sequence[Tensor]],
         selected: Sequence[Selection] | None = None,
         rtol: float = 1e-5,
+        loss_scale: float = 1.0,
     ) -> list[Result]:
         """One exchange of all tensors.
 
@@ -145,6 +148,8 @@ class Oracle:
             selected: what another implementation selected, per tensor: rows (ARC-Top-K, Rand-K),
                 element indices of each rank (Top-K), or None. It is checked, then used.
             rtol: rounding within which `selected` may differ.
+            loss_scale: a GradScaler's, which gradients and results are multiplied with. One that is
+                less than before tells that the step before was skipped.
 
         Returns:
             A `Result` a tensor.
@@ -156,6 +161,10 @@ class Oracle:
             [flatten(own[t], layout).to(self.types.work) for own in gradients]
             for t, layout in enumerate(self.layouts)
         ]
+        if loss_scale < self._loss_scale:
+            self._reclaim()
+        self._loss_scale = loss_scale
+        self._sent = [None] * len(self.views)
         step, self.steps = self.steps, self.steps + 1
         if step < self.start_step:
             return [self._result(t, self._plain_mean(g), "dense") for t, g in enumerate(by_tensor)]
@@ -185,6 +194,16 @@ class Oracle:
         """Whether values are summed on their way; Top-K's are gathered."""
         return self.compressor != "top_k"
 
+    def _reclaim(self) -> None:
+        """Each rank gets back the mean of what was sent; with Top-K, its own part."""
+        for t, sent in enumerate(self._sent):
+            if sent is None:
+                continue
+            for own, part in zip(self.states, sent.own, strict=True):
+                own[t].reclaim(
+                    self.views[t].flat(part if self.compressor == "top_k" else sent.mean)
+                )
+
     def _plain_mean(self, g: list[Tensor]) -> Tensor:
         """What DDP itself would do: divide by N, then sum, in the gradient's type."""
         parts = [(gi / self.world_size).to(self.types.gradient) for gi in g]
@@ -200,13 +219,18 @@ class Oracle:
         """v_i = h_i = g_i, h = mean g; put off to the next step where a mean is not finite."""
         means = [self._plain_mean(g) for g in by_tensor]
         self.started = all(bool(mean.isfinite().all()) for mean in means)
-        outputs = means
         if self.started:
             for i, own in enumerate(self.states):
                 for state, g, mean in zip(own, by_tensor, means, strict=True):
-                    state.start(g[i], mean)
-            outputs = [s.output(mean) for s, mean in zip(self.states[0], means, strict=True)]
-        return [self._result(t, output, "dense") for t, output in enumerate(outputs)]
+                    state.start(g[i] / self._loss_scale, mean / self._loss_scale)
+            means = [
+                self._scaled(own.output, m) for own, m in zip(self.states[0], means, strict=True)
+            ]
+        return [self._result(t, mean, "dense") for t, mean in enumerate(means)]
+
+    def _scaled(self, output: Callable[[Tensor], Tensor], mean: Tensor) -> Tensor:
+        """An output of feedback, which knows nothing of the loss scale, for a mean that has it."""
+        return output(mean / self._loss_scale) * self._loss_scale
 
     def _resync(self) -> None:
         """H = 1/N sum h_i, as the sums of wire values have rounded it away from there."""
@@ -227,12 +251,12 @@ class Oracle:
         shared = self.states[0][t]
         if self.may_be_unused and not mean.any():
             return self._result(t, torch.zeros_like(mean), "unused")
-        h = shared.load("h") * (1 - self.eta) + mean * self.eta
+        h = shared.load("h") * (1 - self.eta) + mean / self._loss_scale * self.eta
         if not h.isfinite().all():
             return self._result(t, h, "non-finite")
         for own in self.states:
             own[t].store("h", h)
-        return self._result(t, shared.output(mean), "dense")
+        return self._result(t, self._scaled(shared.output, mean), "dense")
 
     def _compressed_step(
         self,
@@ -243,6 +267,7 @@ class Oracle:
         rtol: float,
     ) -> Result:
         states, view = [own[t] for own in self.states], self.views[t]
+        g = [gi / self._loss_scale for gi in g]
         x = [state.prepare(gi) for state, gi in zip(states, g, strict=True)]
         used = not self.may_be_unused or any(bool(gi.any()) for gi in g)
         finite = all(bool(xi.isfinite().all()) for xi in x)
@@ -258,7 +283,9 @@ class Oracle:
         for state, own in zip(states, result.own, strict=True):
             state.sent(view.flat(own))
             state.received(mean)
-        return self._result(t, states[0].output(mean), "compressed", result)
+        self._sent[t] = result
+        output = states[0].output(mean) * self._loss_scale
+        return self._result(t, output, "compressed", result)
 
     def _compress(
         self, t: int, x: list[Tensor], step: int, selected: Selection, rtol: float

@@ -157,7 +157,21 @@ void BucketExchange::give_up() noexcept {
 }
 
 void BucketExchange::settle() {
-  if (Streams* const queues = events_ ? streams() : nullptr) queues->settle(*events_);
+  Streams* const queues = events_ ? streams() : nullptr;
+  if (queues != nullptr) queues->settle(*events_);
+  if (!sent_) return;
+  const auto take = [this](void* stream) {
+    state_.bucket.stream = stream;
+    take_scale();
+  };
+  queues == nullptr ? take(nullptr) : queues->here(take);
+}
+
+// What a step has sent is in the residual no more, but if the scaler skips the step it changes
+// nothing. The step before is known to be skipped once the scaler has lowered its scale.
+void BucketExchange::take_scale() {
+  state_.take_scale(shared_.loss_scale);
+  if (sent_ && bucket().loss_scale != nullptr) kernels().reclaim(bucket());
 }
 
 // --- its parts
@@ -181,7 +195,9 @@ void BucketExchange::limit_spike() {
 
 void BucketExchange::fill_payload() {
   enter(Phase::kPrepare);
+  take_scale();
   limit_spike();
+  sent_ = false;
   if (mode_ == Mode::kStart && bucket().own_a != nullptr) kernels().remember(bucket());
   if (mode_ == Mode::kCompress) state_.compressor->prepare(*this);
   leave();
@@ -224,6 +240,7 @@ at::Tensor BucketExchange::carry() {
       if (must_resync()) resync();
       state_.compressor->exchange(*this);
       ++state_.compressed;
+      sent_ = bucket().feedback == FeedbackKind::kEF14 && bucket().own_a != nullptr;
       break;
   }
   return result();

@@ -36,8 +36,12 @@ class BucketExchange final : public Step, public CommThread::Job {
   at::Tensor run_here(const at::Tensor& buffer);
 
   bool busy() const { return state_.progress->busy; }
-  // Makes the caller's stream wait for what is queued of this bucket.
+  // Brings the state to what it is between steps, before somebody else touches it: makes the
+  // caller's stream wait for what is queued of this bucket, and gives back what a scaler's skipped
+  // step has sent.
   void settle();
+  void forget_sent() { sent_ = false; }
+  std::string place() const;  // in errors
 
   // The rest of a step, in the bucket's turn, into the future. With streams and without a
   // communication thread all of it is only queued.
@@ -81,7 +85,7 @@ class BucketExchange final : public Step, public CommThread::Job {
   void all_reduce(std::vector<at::Tensor>& payload, Phase phase);
   void leave();
   void count_step();
-  std::string place() const;
+  void take_scale();
   [[noreturn]] void fail(const std::string& what);
   [[noreturn]] void fail_behind_begin(const std::exception& error);
 
@@ -92,7 +96,8 @@ class BucketExchange final : public Step, public CommThread::Job {
   int64_t index_ = 0;
   uint64_t number_ = 0;
   Mode mode_ = Mode::kCompress;
-  int threads_ = 0;  // the preparing thread's; a new thread would start with its own default
+  bool sent_ = false;  // the step before has ended, and has sent what its residual then was without
+  int threads_ = 0;    // the preparing thread's; a new thread would start with its own default
 
   std::optional<SpikeLimit> spike_limit_;
   std::optional<BucketEvents> events_;  // where the device has streams

@@ -111,6 +111,32 @@ void Exchange::bind(const Parameters& parameters, const std::vector<std::string>
   shared_.store.bind(parameters, names, may_be_unused);
 }
 
+void Exchange::set_loss_scale(at::Tensor scale) {
+  const auto entered = enter();
+  for (auto& [state, exchange] : exchanges_) {
+    exchange->settle();
+    exchange->forget_sent();  // the scales of two scalers say nothing together
+  }
+  shared_.loss_scale = std::move(scale);
+}
+
+void Exchange::check_idle() const {
+  for (const auto& [state, exchange] : exchanges_) {
+    if (!exchange->busy()) continue;
+    throw std::runtime_error("arc_topk: " + exchange->place() +
+                             " is still being exchanged; expected its future to be waited for "
+                             "before error feedback is rescaled");
+  }
+}
+
+void Exchange::rescale(double factor) {
+  const auto entered = enter();
+  shared_.lifecycle.check_running();
+  check_idle();
+  for (auto& [state, exchange] : exchanges_) exchange->settle();
+  shared_.store.rescale(factor);
+}
+
 void Exchange::stop() {
   const auto entered = enter();
   halt();

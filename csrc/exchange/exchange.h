@@ -40,6 +40,13 @@ class Exchange {
   // StateStore::bind(), before the first bucket or behind stop().
   void bind(const Parameters& parameters, const std::vector<std::string>& names,
             bool may_be_unused);
+  // Gradients are a GradScaler's from now on, and so are results: `scale` is the number that the
+  // loss is multiplied with, which it changes in place. Undefined: none is. Behind stop().
+  void set_loss_scale(at::Tensor scale);
+  // Throws where a bucket is in the air.
+  void check_idle() const;
+  // Multiplies all error feedback. Not while a bucket is in the air.
+  void rescale(double factor);
   // Gives up what is in the air, after a second's grace, and the group of the communication thread.
   // Buckets are refused until resume().
   void stop();

@@ -41,6 +41,7 @@ struct Shared {
   Groups groups;
   int rank;
   StateStore store;
+  at::Tensor loss_scale;             // of a GradScaler, who changes it in place; undefined: none
   std::unique_ptr<Streams> streams;  // of the device that the first bucket with streams was on
   SharedProjection projection;
   Lifecycle lifecycle;

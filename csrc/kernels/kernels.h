@@ -124,6 +124,13 @@ struct Bucket {
   // Wire values are X_i * wire_scale: scale_of_sum(), or 1 where they are not summed on their way.
   // What comes back is divided by it again.
   double wire_scale;
+
+  // A GradScaler's scale in this step, which the loss was multiplied with, and behind it 1 over
+  // that (no device has to divide), in the memory that the bucket lies in. Null: no scaler. The
+  // gradient is read divided by it, and what becomes the result is multiplied with it: state,
+  // sketches and picked rows know nothing of it. Dense tensors travel as they are.
+  const double* loss_scale;
+  const double* scale_before;  // the same in the bucket's step before
 };
 
 // V^T: sketch_dim rows of `stride` floats each (n of them valid): column c of V is contiguous. They
@@ -184,6 +191,11 @@ class Kernels {
                        uint64_t seed, uint64_t step) const = 0;
 
   // --- before the first collective --------------------------------------------------------------
+  // EF14 under a scaler, before prepare(): where the scaler has skipped the bucket's step before,
+  // what was sent in it, and has changed nothing, goes back into the residual: the mean of all
+  // ranks' rows, or this rank's own where they were gathered. picks[], outcome[] and `second` are
+  // still as that step has left them.
+  virtual void reclaim(const Bucket& b) const = 0;
   // One pass over gradient and state: updates the state (feedback.prepare), sets used[], bad[] and
   // this rank's flags (0 unused, 1 used, infinity non-finite), sets outcome[] to normal and, given
   // a projection, adds up the sketches into `first`. A non-finite state is never stored. The state

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/reciprocal.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -186,6 +187,25 @@ void BucketState::take(const at::Tensor& buffer) {
 void BucketState::let_go() {
   gradient[0].reset();
   bucket.gradient = nullptr;
+}
+
+void BucketState::take_scale(const at::Tensor& scale) {
+  if (!scale.defined()) {
+    bucket.loss_scale = bucket.scale_before = nullptr;
+    return;
+  }
+  if (bucket.loss_scale == nullptr) {
+    for (Scale& its : scales) {
+      its.both = at::zeros({2}, at::TensorOptions(at::kDouble).device(device));
+      its.up = its.both.select(0, 0);
+      its.down = its.both.select(0, 1);
+    }
+  }
+  std::swap(scales[0], scales[1]);
+  scales[0].up.copy_(scale);
+  at::reciprocal_out(scales[0].down, scales[0].up);
+  bucket.loss_scale = scales[0].both.const_data_ptr<double>();
+  bucket.scale_before = scales[1].both.const_data_ptr<double>();
 }
 
 }  // namespace arc_topk

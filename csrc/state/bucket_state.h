@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -44,6 +45,11 @@ struct BucketState {
   at::Tensor picks, marks, scratch, withheld, is_withheld;
   at::Tensor energy;                      // an Energy, as two doubles
   at::Tensor segment_table, piece_table;  // of a device with a memory of its own
+  // Of this step and the one before, in turns: Bucket::loss_scale and scale_before.
+  struct Scale {
+    at::Tensor both, up, down;  // up and down are its two numbers
+  };
+  std::array<Scale, 2> scales;
 
   const std::shared_ptr<Progress> progress = std::make_shared<Progress>();
   uint64_t compressed = 0;  // of the exchanges, the compressed ones
@@ -52,6 +58,9 @@ struct BucketState {
   // The buffer of a step, from its beginning to its end.
   void take(const at::Tensor& buffer);
   void let_go();
+  // A scaler's scale, a number on any device; undefined: none. What was this step's is the step
+  // before's from then on.
+  void take_scale(const at::Tensor& scale);
 };
 
 // `layouts`: of its tensors, whose gradients lie one after the other in `buffer`; `shapes`: the

@@ -350,6 +350,15 @@ void StateStore::leave(const Slot& slot, BucketState& successor,
   buckets_.erase(old);
 }
 
+void StateStore::rescale(double factor) {
+  for (auto& [bucket, owned] : buckets_) {
+    BucketState& state = *owned.state;
+    for (at::Tensor* values : {&state.own_a, &state.own_b, &state.shared, &state.withheld}) {
+      if (values->defined()) values->mul_(factor);
+    }
+  }
+}
+
 // --- energy
 // ---------------------------------------------------------------------------------------
 

@@ -80,6 +80,9 @@ class StateStore {
   BucketState& make(const Parameters& parameters, const at::Tensor& buffer,
                     const std::function<void(BucketState&)>& leaving);
 
+  // Multiplies all error feedback.
+  void rescale(double factor);
+
   // What device kernels have added up so far: no step of theirs is waited for by the host, so it
   // is read only when asked for. From any thread.
   Energy device_energy() const;

@@ -111,6 +111,7 @@ struct BucketSpec {
   int64_t piece_numel = 150;
   bool may_be_unused = true;
   bool result_in_gradient = false;
+  double loss_scale = 0;  // 0: no scaler; else the step before's was twice as large
 };
 
 inline std::string describe(const BucketSpec& s) {
@@ -122,7 +123,7 @@ inline std::string describe(const BucketSpec& s) {
   };
   return "feedback " + std::to_string(static_cast<int>(s.feedback)) + ", gradient " +
          name(s.gradient) + ", state " + name(s.state) + ", wire " + name(s.wire) + ", r " +
-         std::to_string(s.sketch_dim);
+         std::to_string(s.sketch_dim) + ", loss scale " + std::to_string(s.loss_scale);
 }
 
 class BucketInMemory {
@@ -201,6 +202,10 @@ class BucketInMemory {
     b.energy = &energy;
     b.world_size = spec.world_size;
     b.wire_scale = spec.wire_scale;
+    if (spec.loss_scale != 0) {
+      b.loss_scale = scale(spec.loss_scale);
+      b.scale_before = scale(2 * spec.loss_scale);
+    }
     std::fill_n(b.used, b.num_segments, uint8_t{1});
     first_numel = first;
     second_numel = second;
@@ -267,6 +272,12 @@ class BucketInMemory {
   void* bytes(int64_t count) {
     memory_.push_back(std::make_unique<std::vector<unsigned char>>(static_cast<size_t>(count)));
     return memory_.back()->data();
+  }
+  const double* scale(double x) {
+    auto* at = static_cast<double*>(bytes(2 * sizeof(x)));
+    at[0] = x;
+    at[1] = 1 / x;
+    return at;
   }
   void* array(int64_t numel, DType type) {
     void* at = bytes(numel * size_of(type));

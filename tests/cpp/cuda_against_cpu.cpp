@@ -177,6 +177,10 @@ void sketched_steps(const BucketSpec& spec, const Kernels& kernels, const Change
   one_sketched_step(spec, kernels, x);
   x.host.refill(5);
   x.cuda.refill(5);
+  if (spec.feedback == FeedbackKind::kEF14) {
+    x.both([](const Kernels& its, CudaBucket& bucket) { its.reclaim(bucket.b); });
+    x.expect_same_state("reclaim");
+  }
   one_sketched_step(spec, kernels, x);
 }
 

@@ -161,6 +161,10 @@ class NotingKernels final : public Kernels {
     journal().work("project", stream(b), data);
     cpu_kernels().project(b, data, stride, begin, end, seed, step);
   }
+  void reclaim(const Bucket& b) const override {
+    note("reclaim", b);
+    cpu_kernels().reclaim(b);
+  }
   void prepare(const Bucket& b, const Projection* v) const override {
     note("prepare", b);
     if (v != nullptr) journal().work("read V", stream(b), v->data);

@@ -43,7 +43,9 @@ BucketSpec spec_of(const Layout& layout) {
   spec.wire = layout.wire;
   spec.wire_scale = layout.wire_scale;
   spec.sketch_dim = layout.sketch_dim;
-  spec.may_be_unused = layout.count % 2 == 0;  // either, without a field of its own
+  // Without fields of their own:
+  spec.may_be_unused = layout.count % 2 == 0;
+  spec.loss_scale = layout.count % 3 == 0 ? 24 : 0;
   return spec;
 }
 

@@ -59,6 +59,8 @@ void for_arrays(Bucket& b, const Extent& n, int64_t scratch_bytes, const F& f) {
   f(b.scratch, scratch_bytes);
   f(b.withheld, numel(b.num_segments, b.state_type));
   f(b.is_withheld, table(b.num_segments, b.is_withheld));
+  f(b.loss_scale, table(2, b.loss_scale));
+  f(b.scale_before, table(2, b.scale_before));
 }
 
 }  // namespace
@@ -196,6 +198,9 @@ void OnDevice::project(const Bucket& b, float* data, int64_t stride, int64_t beg
   });
 }
 
+void OnDevice::reclaim(const Bucket& b) const {
+  run(b, [&](const Bucket& there) { inner_.reclaim(there); });
+}
 void OnDevice::prepare(const Bucket& b, const Projection* v) const {
   Twin twin(device_);
   if (v != nullptr)

@@ -237,6 +237,9 @@ class DeviceBucket {
     b.is_withheld = static_cast<uint8_t*>(zeros("is_withheld", b.num_segments));
     b.energy = static_cast<Energy*>(zeros("energy", sizeof(Energy)));
     b.scratch = zeros("scratch", kernels.scratch_bytes(b));
+    if (b.loss_scale == nullptr) return;
+    b.loss_scale = put("loss scale", b.loss_scale, 2);
+    b.scale_before = put("scale before", b.scale_before, 2);
   }
 
   int64_t first_bytes() const { return host.first_numel * size_of(work_type(b.gradient_type)); }
@@ -335,6 +338,7 @@ void sketched_steps(const BucketSpec& spec, const race::WatchedKernels& kernels)
   const Projection projection{v, stride};
   spoil(x);
   for (unsigned step = 0; step < 2; ++step) {
+    if (step > 0 && spec.feedback == FeedbackKind::kEF14) kernels.reclaim(x.b);
     kernels.prepare(x.b, &projection);
     race::expect_written(x.b.first, static_cast<size_t>(x.first_bytes()));
     x.sum_flags();
@@ -445,6 +449,7 @@ std::vector<Named> scenarios() {
       spec.feedback = feedback;
       spec.gradient = spec.wire = type;
       spec.sketch_dim = type == DType::kF32 ? 4 : 5;
+      spec.loss_scale = type == DType::kF32 ? 0 : 8;
       std::string name = std::string(type == DType::kF32 ? "float32" : "bfloat16") + ", feedback " +
                          std::to_string(static_cast<int>(feedback)) + ", ";
       const auto add = [&](const char* what, auto step) {
@@ -483,9 +488,9 @@ TEST(Races, NoneAndNothingReadThatNobodyWrote) {
   }
   const std::vector<std::string>& launched = kernels.launched();
   const std::set<std::string> expected = {
-      "adopt",    "apply",          "apply_gathered", "clear", "count_digit", "count_taken",
-      "divide",   "find_nonfinite", "mark_dense",     "pack",  "prepare",     "project",
-      "remember", "scan",           "select",         "take"};
+      "adopt",   "apply",          "apply_gathered", "clear",  "count_digit", "count_taken",
+      "divide",  "find_nonfinite", "mark_dense",     "pack",   "prepare",     "project",
+      "reclaim", "remember",       "scan",           "select", "take"};
   EXPECT_EQ(std::set<std::string>(launched.begin(), launched.end()), expected);
   std::printf(
       "races: %llu accesses, %llu phases, %llu blocks, %llu launches\n",

@@ -95,8 +95,12 @@ std::vector<BucketSpec> specs() {
       // Only then h itself may be handed out.
       spec.may_be_unused = false;
       all.push_back(spec);
-      if (!shares_estimate(feedback)) continue;
-      spec.result_in_gradient = true;
+      if (shares_estimate(feedback)) {
+        spec.result_in_gradient = true;
+        all.push_back(spec);
+      }
+      spec.result_in_gradient = false;
+      spec.loss_scale = 24;
       all.push_back(spec);
     }
   }

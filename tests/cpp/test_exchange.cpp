@@ -86,7 +86,7 @@ void count_allocations() {
   c10::SetCPUAllocator(&counting, /*priority=*/100);
 }
 
-Allocations allocations_a_step(const Choice& choice, int tensors) {
+Allocations allocations_a_step(const Choice& choice, int tensors, bool scaled = false) {
   count_allocations();
   constexpr int kSteps = 20;
   Allocations a_step{};
@@ -97,6 +97,7 @@ Allocations allocations_a_step(const Choice& choice, int tensors) {
     Exchange exchange(config, {group, group});
     const std::vector<at::Tensor> parameters = many_parameters(tensors);
     const at::Tensor buffer = gradient_of(parameters);
+    if (scaled) exchange.set_loss_scale(at::full({}, 8.0));
     for (int step = 0; step < 3; ++step) exchange.start(buffer, parameters, 0)->wait();
     const int64_t tensors_before = tensor_allocations;
     const int64_t heap_before = heap_allocations();
@@ -109,6 +110,7 @@ Allocations allocations_a_step(const Choice& choice, int tensors) {
 TEST(Allocations, AStepTakesNoTensorMemory) {
   for (const Choice& choice : all_choices()) {
     EXPECT_EQ(allocations_a_step(choice, 30).tensors, 0) << choice.compressor;
+    EXPECT_EQ(allocations_a_step(choice, 30, /*scaled=*/true).tensors, 0) << choice.compressor;
   }
 }
 

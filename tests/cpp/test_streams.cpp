@@ -103,6 +103,33 @@ TEST_F(StreamsTest, OneBucketInOrder) {
   EXPECT_EQ(std::count(second.begin(), second.end(), "block" + p), 2);
 }
 
+// Whether a scaler has skipped the step before is known on the device alone.
+TEST_F(StreamsTest, AStepUnderAScalerBeginsWithWhatTheOneBeforeMayHaveLost) {
+  Exchange exchange(config("arc_topk", FeedbackKind::kEF14),
+                    {c10::make_intrusive<NotingGroup>(), {}});
+  exchange.set_loss_scale(at::full({}, 8.0));
+  std::vector<OneBucket> buckets(2);
+  const auto count = [](const std::string& what) {
+    const auto all = journal().texts();
+    return std::count_if(all.begin(), all.end(),
+                         [&](const std::string& text) { return text.starts_with(what + "@"); });
+  };
+  step(exchange, buckets);
+  journal().clear();
+  step(exchange, buckets);
+  EXPECT_EQ(count("reclaim"), 2);
+  EXPECT_EQ(journal().last_stream("reclaim"), journal().last_stream("prepare"));
+
+  // When DDP rebuilds its buckets the residuals move, and nothing may be left behind.
+  journal().clear();
+  std::vector<OneBucket> rebuilt(1);
+  rebuilt[0].parameters = {buckets[0].parameters[0], buckets[1].parameters[1]};
+  step(exchange, rebuilt);
+  EXPECT_EQ(count("reclaim"), 2);
+  EXPECT_EQ(journal().last_stream("reclaim"), kCaller);
+  EXPECT_EQ(journal().races(), std::vector<std::string>());
+}
+
 TEST_F(StreamsTest, NothingOvertakesWhatItNeeds) {
   for (const char* compressor : {"arc_topk", "rand_k", "top_k", "dense"}) {
     for (FeedbackKind feedback :

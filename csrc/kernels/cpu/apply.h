@@ -109,6 +109,7 @@ inline double apply(const Bucket& b, const Piece& p) {
         scatter(h, b.shared, b.state_type, picked);
       } else {
         gaps.zero_until(picked);
+        scale_up(b, mean, n);
         scatter(mean, b.gradient, b.gradient_type, picked);
       }
     });
@@ -166,8 +167,11 @@ inline double apply_gathered(const Bucket& b, const Piece& p, const void* messag
       for (int64_t i = 0; i < end - begin; ++i) sum[i] *= factor;
       squares.add(sum, end - begin);
       for_chunks({begin, end}, [&](int64_t row, int64_t n) {
-        const T* mean = sum + (row - begin);
-        if (!shared) return store(mean, b.gradient, b.gradient_type, s.offset + row, n);
+        T* mean = sum + (row - begin);
+        if (!shared) {
+          scale_up(b, mean, n);
+          return store(mean, b.gradient, b.gradient_type, s.offset + row, n);
+        }
         T* h = load(b.shared, b.state_type, s.offset + row, n, buffers.a);
         add_to_estimate(mean, n, h);
         store(h, b.shared, b.state_type, s.offset + row, n);
@@ -187,7 +191,8 @@ struct Source {
   int64_t stride;
 };
 
-// Elements [i, i + n) of the bucket, averaged, into mean[].
+// Elements [i, i + n) of the bucket, averaged, into mean[]. At the gradient's scale, but for h at
+// h's.
 template <class T>
 inline void average(const Bucket& b, const Segment& s, const Source& source, int64_t i, int64_t n,
                     T* mean) {
@@ -195,6 +200,7 @@ inline void average(const Bucket& b, const Segment& s, const Source& source, int
   if (source.copies == 0) {
     const T* g = load(b.gradient, b.gradient_type, i, n, buffer);
     std::copy_n(g, n, mean);
+    if (shares_estimate(b.feedback)) unscaled(b, mean, n, mean);
     return;
   }
   const DType type = s.dense_in_first ? kTypeOf<T> : b.wire_type;
@@ -212,6 +218,7 @@ inline void average(const Bucket& b, const Segment& s, const Source& source, int
   }
   const T factor = mean_factor<T>(b) / scale;
   for (int64_t j = 0; j < n; ++j) mean[j] *= factor;
+  if (shares_estimate(b.feedback)) unscaled(b, mean, n, mean);
 }
 
 inline Marks mark_dense(const Bucket& b, const Piece& p, int64_t shift, int64_t copies,
@@ -270,7 +277,13 @@ inline void publish(const Bucket& b, const Piece& p) {
   with_work_type(b, [&]<class T>(T) {
     alignas(64) T buffer[kChunk];
     for_chunks(range, [&](int64_t i, int64_t n) {
-      store(load(b.shared, b.state_type, i, n, buffer), b.gradient, b.gradient_type, i, n);
+      const T* h = load(b.shared, b.state_type, i, n, buffer);
+      if (b.loss_scale != nullptr) {
+        if (h != buffer) std::copy_n(h, n, buffer);
+        scale_up(b, buffer, n);
+        h = buffer;
+      }
+      store(h, b.gradient, b.gradient_type, i, n);
     });
   });
 }
@@ -279,7 +292,8 @@ inline void copy_gradient(const Bucket& b, Range range, void* to) {
   with_work_type(b, [&]<class T>(T) {
     alignas(64) T buffer[kChunk];
     for_chunks(range, [&](int64_t i, int64_t n) {
-      store(load(b.gradient, b.gradient_type, i, n, buffer), to, b.state_type, i, n);
+      T* g = load(b.gradient, b.gradient_type, i, n, buffer);
+      store(unscaled(b, g, n, buffer), to, b.state_type, i, n);
     });
   });
 }

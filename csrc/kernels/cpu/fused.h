@@ -88,6 +88,7 @@ inline bool is_fused(const Bucket& b, const Segment& s, bool store_it) {
   constexpr int64_t kMinCols = 32;  // shorter rows are mostly tail, and faster formed by chunks
   constexpr bool kStored = own_states(F::kKind) > 0;
   if (b.gradient_type != kTypeOf<T> || (kStored && b.state_type != kTypeOf<T>)) return false;
+  if (b.loss_scale != nullptr) return false;
   return s.cols >= kMinCols && (store_it || !keeps_message(F::kKind));
 }
 

@@ -12,6 +12,7 @@
 
 #include "kernels/cpu/select.h"
 #include "kernels/cpu/underflow.h"
+#include "kernels/loss_scale.h"
 
 namespace arc_topk {
 namespace cpu {
@@ -137,6 +138,13 @@ void CpuKernels::project(const Bucket& b, float* data, int64_t stride, int64_t b
   at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
     const GradualUnderflow kept;
     rows_.project(data, stride, from, to, b.sketch_dim, seed, step);
+  });
+}
+
+void CpuKernels::reclaim(const Bucket& b) const {
+  if (!was_skipped(b)) return;
+  for_pieces(b, [&](const Piece& p, const Segment& s, int64_t) {
+    if (s.compressed() && b.outcome[p.segment] == Outcome::kNormal) rows_.reclaim(b, p);
   });
 }
 
@@ -297,12 +305,13 @@ double CpuKernels::apply_gathered(const Bucket& b, const Gathered& gathered) con
 }
 
 // The shared estimate lies in bucket order and is what DDP is to get: handing out its arena saves
-// the pass that would copy it. Not where its type differs from the bucket's, which DDP relies on,
-// or where a tensor's result, NaN or zeros, is not its estimate.
+// the pass that would copy it. Not where its type or scale differs from the bucket's, which DDP
+// relies on, or where a tensor's result, NaN or zeros, is not its estimate.
 bool CpuKernels::publish(const Bucket& b) const {
   const bool is_estimate = std::all_of(b.outcome, b.outcome + b.num_segments,
                                        [](Outcome o) { return o == Outcome::kNormal; });
-  if (is_estimate && b.state_type == b.gradient_type && !b.result_in_gradient) return false;
+  const bool is_result = b.state_type == b.gradient_type && b.loss_scale == nullptr;
+  if (is_estimate && is_result && !b.result_in_gradient) return false;
   for_pieces(b, [&](const Piece& p, const Segment&, int64_t) { rows_.publish(b, p); });
   return true;
 }

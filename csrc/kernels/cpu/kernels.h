@@ -14,6 +14,7 @@ class CpuKernels final : public Kernels {
   int64_t scratch_bytes(const Bucket& b) const override;
   void project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
                uint64_t seed, uint64_t step) const override;
+  void reclaim(const Bucket& b) const override;
   void prepare(const Bucket& b, const Projection* v) const override;
   void select(const Bucket& b, const Keys& keys) const override;
   void pack(const Bucket& b) const override;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cpu/convert.h"
+#include "kernels/loss_scale.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
@@ -20,6 +21,23 @@ struct Buffers {
   alignas(64) T b[kChunk];
   alignas(64) T x[kChunk];
 };
+
+// n elements of the gradient as if the loss had not been scaled: where they lie, or in `buffer`.
+template <class T>
+inline T* unscaled(const Bucket& b, T* g, int64_t n, T* buffer) {
+  const LossScale<T> scale(b);
+  if (!scale.given) return g;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = g[i] * scale.down;
+  return buffer;
+}
+
+// x as the result is to be.
+template <class T>
+inline void scale_up(const Bucket& b, T* x, int64_t n) {
+  const LossScale<T> scale(b);
+  if (!scale.given) return;
+  for (int64_t i = 0; i < n; ++i) x[i] *= scale.up;
+}
 
 // The message of n elements before this step's prepare(): x[] = X_i. For kinds that keep it, x may
 // be e.a itself. A candidate that is not finite is left out, the old state taken in its place.

@@ -132,7 +132,10 @@ inline void pack_rows(const Bucket& b, const Piece& p, const F& feedback, PackMo
   for_picked(b, p, [&](const Stretches& picked, int64_t at) {
     const int64_t n = picked.numel();
     Elements<T> e{};
-    if (kFromGradient || !prepared) e.g = gather(b.gradient, b.gradient_type, picked, buffers.g);
+    if (kFromGradient || !prepared) {
+      e.g = gather(b.gradient, b.gradient_type, picked, buffers.g);
+      e.g = unscaled(b, e.g, n, buffers.g);
+    }
     if (kStates > 0) e.a = gather(b.own_a, b.state_type, picked, buffers.a);
     if (kStates > 1) e.b = gather(b.own_b, b.state_type, picked, buffers.b);
     const T* x = message(b, feedback, e, n, prepared, buffers.x);
@@ -161,6 +164,28 @@ inline void pack(const Bucket& b, const Piece& p, PackMode mode) {
     std::memset(byte_offset(b.second, s.packed * size), 0,
                 static_cast<size_t>(s.kept * s.cols * size));
   }
+}
+
+// What was sent of the picked rows, back into the residual.
+inline void reclaim(const Bucket& b, const Piece& p) {
+  with_work_type(b, [&]<class T>(T) {
+    const int64_t packed = segment_of(b, p).packed;
+    const T share = static_cast<T>(share_of_sent(b));
+    Buffers<T> buffers;
+    for_picked(b, p, [&](const Stretches& picked, int64_t at) {
+      const int64_t n = picked.numel();
+      const T* sent = load(b.second, b.wire_type, packed + at, n, buffers.g);
+      T* e = gather(b.own_a, b.state_type, picked, buffers.a);
+      with_type(b.state_type, [&]<class S>(S) {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; ++i) {
+          const T sum = e[i] + sent[i] * share;
+          e[i] = is_finite(widen_to<T>(narrow_to<S>(sum))) ? sum : e[i];
+        }
+      });
+      scatter(e, b.own_a, b.state_type, picked);
+    });
+  });
 }
 
 // A dense tensor into its payload. Never clamped: an infinity must arrive.

@@ -31,7 +31,7 @@ inline void for_chunks(Range range, F&& f) {
 template <class F, class T>
 inline Elements<T> load_elements(const Bucket& b, int64_t i, int64_t n, Buffers<T>& buffers) {
   constexpr int kStates = own_states(F::kKind);
-  return {load(b.gradient, b.gradient_type, i, n, buffers.g),
+  return {unscaled(b, load(b.gradient, b.gradient_type, i, n, buffers.g), n, buffers.g),
           kStates > 0 ? load(b.own_a, b.state_type, i, n, buffers.a) : nullptr,
           kStates > 1 ? load(b.own_b, b.state_type, i, n, buffers.b) : nullptr};
 }

@@ -20,6 +20,7 @@ const Rows rows = {
     .has_nonzero = has_nonzero,
     .prepare = prepare,
     .undo = undo,
+    .reclaim = reclaim,
     .score = score,
     .randomize = randomize,
     .magnitudes = magnitudes,

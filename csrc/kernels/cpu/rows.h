@@ -31,6 +31,7 @@ struct Rows {
   // whether every candidate was finite; what is not is never stored.
   bool (*prepare)(const Bucket&, const Piece&, const Projection* v, bool store);
   void (*undo)(const Bucket&, const Piece&);
+  void (*reclaim)(const Bucket&, const Piece&);
   double (*score)(const Bucket&, const Piece&);
   void (*randomize)(const Bucket&, const Piece&, uint64_t seed, uint64_t step);
   void (*magnitudes)(const Bucket&, const Piece&);

@@ -14,7 +14,7 @@ enum class DenseSource : uint8_t {
   kGradient,  // the gradient is the mean already
 };
 
-// The mean of dense tensors, in the work type.
+// The mean of dense tensors, in the work type. At the gradient's scale, but for h at h's.
 template <class T>
 struct DenseMean {
   DenseSource source;
@@ -32,8 +32,16 @@ struct DenseMean {
   ARC_TOPK_DEVICE void load(const Bucket& b, const Segment& s, Run run, T (&x)[kVector]) const {
     if (source == DenseSource::kGradient) {
       Array<AnyType>(b.gradient, b.gradient_type).load(run, x);
-      return;
+    } else {
+      load_payload(b, s, run, x);
     }
+    if (shares_estimate(b.feedback)) multiply(x, LossScale<T>(b).down);
+  }
+
+ private:
+  template <int kVector>
+  ARC_TOPK_DEVICE void load_payload(const Bucket& b, const Segment& s, Run run,
+                                    T (&x)[kVector]) const {
     const DType type = s.dense_in_first ? kTypeOf<T> : b.wire_type;
     void* payload = s.dense_in_first ? b.first : b.second;
     const Run there = run.moved(s.packed - s.offset);
@@ -42,11 +50,9 @@ struct DenseMean {
     } else {
       sum(b, payload, type, there, x);
     }
-    ARC_TOPK_UNROLL
-    for (int j = 0; j < kVector; ++j) x[j] = x[j] * factor;
+    multiply(x, factor);
   }
 
- private:
   template <int kVector>
   ARC_TOPK_DEVICE void sum(const Bucket& b, const void* own, DType type, Run run,
                            T (&x)[kVector]) const {
@@ -149,8 +155,13 @@ struct Apply {
   }
 
  private:
-  ARC_TOPK_DEVICE void publish(Run run, const T (&x)[kVector]) const {
+  // At the gradient's scale.
+  ARC_TOPK_DEVICE void publish_scaled(Run run, const T (&x)[kVector]) const {
     if (!hands_out_estimate(b)) Array<AnyType>(b.gradient, b.gradient_type).store(run, x);
+  }
+  ARC_TOPK_DEVICE void publish(Run run, T (&x)[kVector]) const {
+    multiply(x, LossScale<T>(b).up);
+    publish_scaled(run, x);
   }
   // As it is once stored, so that the result is h to the bit.
   ARC_TOPK_DEVICE void store_estimate(Run run, T (&h)[kVector]) const {
@@ -183,7 +194,7 @@ struct Apply {
       T x[kVector];
       if (!shares_estimate(b.feedback)) {
         mean.load(b, s, run, x);
-        return publish(run, x);
+        return publish_scaled(run, x);
       }
       // The momentum of a tensor that nobody used stays; without momentum h is the mean, zero or
       // not.
@@ -202,7 +213,7 @@ struct Apply {
   template <class Block>
   ARC_TOPK_DEVICE void apply_nothing(Block& block, Range range) const {
     for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
-      const T nothing[kVector] = {};
+      T nothing[kVector] = {};
       publish(run, nothing);
     });
   }
@@ -382,6 +393,7 @@ struct ApplyGathered {
       shared.store(run, h);
       c[0] = shared.rounded(h[0]);
     }
+    multiply(c, LossScale<T>(b).up);
     if (!hands_out_estimate(b)) Array<AnyType>(b.gradient, b.gradient_type).store(run, c);
     return square;
   }

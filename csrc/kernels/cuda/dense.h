@@ -1,7 +1,7 @@
 // Steps whose mean gradient is dense.
 #pragma once
 
-#include "kernels/cuda/pieces.h"
+#include "kernels/cuda/message.h"
 
 namespace arc_topk::cuda {
 
@@ -30,7 +30,7 @@ struct Divide {
   }
 };
 
-// The gradient into an array of the state, and zeros into another.
+// The gradient into an array of the state, at its scale, and zeros into another.
 template <class T>
 struct CopyGradient {
   static constexpr int kThreads = cuda::kThreads;
@@ -48,6 +48,7 @@ struct CopyGradient {
     for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
       T x[kVector];
       Array<AnyType>(b.gradient, b.gradient_type).load(run, x);
+      multiply(x, LossScale<T>(b).down);
       Array<AnyType>(to, b.state_type).store(run, x);
       const T nothing[kVector] = {};
       if (zero != nullptr) Array<AnyType>(zero, b.state_type).store(run, nothing);

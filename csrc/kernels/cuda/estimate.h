@@ -5,11 +5,11 @@
 
 namespace arc_topk::cuda {
 
-// DDP relies on the gradient's type. The result of a tensor that nobody used is zeros, whatever its
-// estimate, and the host does not know which those are.
+// DDP relies on the gradient's type, a scaler on its scale. The result of a tensor that nobody used
+// is zeros, whatever its estimate, and the host does not know which those are.
 ARC_TOPK_HD bool hands_out_estimate(const Bucket& b) {
   return b.shared != nullptr && b.state_type == b.gradient_type && !b.may_be_unused &&
-         !b.result_in_gradient;
+         !b.result_in_gradient && b.loss_scale == nullptr;
 }
 
 // A segment's result is not finite, but what h is stays: NaN takes the place of its first element.

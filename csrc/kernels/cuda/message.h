@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/pieces.h"
+#include "kernels/loss_scale.h"
 #include "kernels/wire.h"
 
 namespace arc_topk::cuda {
@@ -14,25 +15,36 @@ struct Values {
   T b[kVector];
 };
 
+// x[] *= factor.
+template <class T, int kVector>
+ARC_TOPK_DEVICE void multiply(T (&x)[kVector], T factor) {
+  ARC_TOPK_UNROLL
+  for (int j = 0; j < kVector; ++j) x[j] = x[j] * factor;
+}
+
 // Where they lie. G, S: the C++ types, or AnyType.
-template <class Feedback, class G, class S>
+template <class Feedback, class G, class S, class T>
 struct Arrays {
   static constexpr int kStates = own_states(Feedback::kKind);
   Array<G> g;
   Array<S> a;
   Array<S> b;
+  T unscale;
 
-  ARC_TOPK_DEVICE explicit Arrays(const Bucket& bucket)
+  ARC_TOPK_DEVICE Arrays(const Bucket& bucket, const LossScale<T>& scale)
       : g(bucket.gradient, bucket.gradient_type),
         a(bucket.own_a, bucket.state_type),
-        b(bucket.own_b, bucket.state_type) {}
+        b(bucket.own_b, bucket.state_type),
+        unscale(scale.down) {}
 
-  template <class T, int kVector>
+  // The gradient as if the loss had not been scaled.
+  template <int kVector>
   ARC_TOPK_DEVICE void load(Run run, Values<T, kVector>& x) const {
     g.load(run, x.g);
+    multiply(x.g, unscale);
     load_own(run, x);
   }
-  template <class T, int kVector>
+  template <int kVector>
   ARC_TOPK_DEVICE void load_own(Run run, Values<T, kVector>& x) const {
     if constexpr (kStates > 0) a.load(run, x.a);
     if constexpr (kStates > 1) b.load(run, x.b);

@@ -55,7 +55,7 @@ struct Pack {
   static constexpr int kStates = own_states(Feedback::kKind);
   static constexpr bool kKeeps = keeps_message(Feedback::kKind);
   static constexpr int kVector = kVectorOf<T>;
-  using State = Arrays<Feedback, AnyType, AnyType>;
+  using State = Arrays<Feedback, AnyType, AnyType, T>;
   struct Shared {};
 
   Bucket b;
@@ -105,7 +105,7 @@ struct Pack {
       const bool prepares = !stored && outcome == Outcome::kNormal;
       const bool undoes = stored && outcome == Outcome::kNonFinite;
       if (!prepares && !undoes) return;
-      const State state(b);
+      const State state(b, LossScale<T>(b));
       const Range range = range_of(s, p);
       for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
         Values<T, kVector> e;
@@ -136,7 +136,7 @@ struct Pack {
 
   template <class Block>
   ARC_TOPK_DEVICE void send(Block& block, const Segment& s, const Piece& p, bool prepared) const {
-    const State state(b);
+    const State state(b, LossScale<T>(b));
     const Array<AnyType> payload(b.second, b.wire_type);
     const PickRange range = picks_of(block, b, s, p);
     for_picked<kVector>(block, b, s, p, range, [&](int, Run run, Run to) {
@@ -169,6 +169,40 @@ struct Pack {
     for_runs<1>(block, s.packed, s.packed + s.kept * s.cols, [&](Run run) {
       const T zero[1] = {T(0)};
       payload.store(run, zero);
+    });
+  }
+};
+
+// What was sent of the picked rows, back into the residual.
+template <class T>
+struct Reclaim {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kVector = kVectorOf<T>;
+  struct Shared {};
+
+  Bucket b;
+  T share;
+
+  template <class Block>
+  ARC_TOPK_DEVICE void operator()(Block& block, Shared&) const {
+    if (!was_skipped(b)) return;
+    const Piece& p = b.pieces[block.index()];
+    const Segment& s = b.segments[p.segment];
+    if (!s.compressed() || b.outcome[p.segment] != Outcome::kNormal) return;
+    const Array<AnyType> residual(b.own_a, b.state_type);
+    const Array<AnyType> payload(b.second, b.wire_type);
+    const PickRange range = picks_of(block, b, s, p);
+    for_picked<kVector>(block, b, s, p, range, [&](int, Run run, Run from) {
+      T e[kVector];
+      T sent[kVector];
+      residual.load(run, e);
+      payload.load(from, sent);
+      ARC_TOPK_UNROLL
+      for (int j = 0; j < kVector; ++j) {
+        const T sum = e[j] + sent[j] * share;
+        e[j] = is_finite(residual.rounded(sum)) ? sum : e[j];
+      }
+      residual.store(run, e);
     });
   }
 };

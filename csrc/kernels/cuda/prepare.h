@@ -77,6 +77,7 @@ struct Prepare {
     typename Block::template Each<bool> finite;
     block.each([&](int t) { finite[t] = true; });
     const bool stores = b.used[p.segment] != 0;
+    const LossScale<T> scale(b);
     const int width = width_for(s.cols);
     const Range all = range_of(s, p);
     // Without a sketch there is nothing to tell rows apart for.
@@ -97,7 +98,7 @@ struct Prepare {
             if (row >= p.row_end) range.end = range.begin;
           }
           sums[t] = {};
-          finite[t] &= read(range, start, t % width, width, k, stores, sums[t]);
+          finite[t] &= read(range, start, t % width, width, k, stores, scale, sums[t]);
         });
         if (v.data == nullptr) continue;
         if (width == kThreads) {
@@ -120,8 +121,8 @@ struct Prepare {
   // A lane's vectors of a row: the state's update with the first columns of V, products with the
   // columns from k on. Returns whether the message was finite.
   ARC_TOPK_DEVICE bool read(Range row, int64_t start, int lane, int width, int64_t k, bool stores,
-                            FourSums& sums) const {
-    const Arrays<Feedback, G, S> arrays(b);
+                            const LossScale<T>& scale, FourSums& sums) const {
+    const Arrays<Feedback, G, S, T> arrays(b, scale);
     const bool prepared = k > 0 && stores;
     const int64_t runs = runs_of<kVector>(row.begin, row.end);
     const bool aligned = start % 4 == 0;  // V's columns are then cut into vectors as the row is

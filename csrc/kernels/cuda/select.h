@@ -136,7 +136,7 @@ struct KeyMaker {
   template <class Feedback>
   ARC_TOPK_DEVICE void magnitudes_with(const Feedback& feedback, const Segment& s, int64_t row,
                                        int count, bool prepared, Rows& rows) const {
-    const Arrays<Feedback, AnyType, AnyType> arrays(b);
+    const Arrays<Feedback, AnyType, AnyType, T> arrays(b, LossScale<T>(b));
     const Run run{s.offset + row, 0, count};
     Values<T, kRows> e;
     T x[kRows];

@@ -31,6 +31,12 @@ class Steps : public Kernels {
     launch(b, "project", body, body.blocks());
   }
 
+  void reclaim(const Bucket& b) const override {
+    with_work_type(b, [&]<class T>(T) {
+      launch(b, "reclaim", Reclaim<T>{b, static_cast<T>(share_of_sent(b))}, b.num_pieces);
+    });
+  }
+
   void prepare(const Bucket& b, const Projection* v) const override {
     switch (size_of(b.gradient_type)) {
       case 8:
