@@ -357,6 +357,12 @@ void StateStore::rescale(double factor) {
       if (values->defined()) values->mul_(factor);
     }
   }
+  for (Slot& slot : slots_) {
+    if (!slot.kept) continue;
+    for (at::Tensor* values : {&slot.kept->own_a, &slot.kept->own_b, &slot.kept->shared}) {
+      if (values->defined()) *values = values->mul(factor);  // whose they are is not known
+    }
+  }
 }
 
 // --- energy

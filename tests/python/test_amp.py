@@ -329,3 +329,53 @@ def test_what_rescale_refuses(ranks: Ranks) -> None:
         assert "bound with grad_scaler" in texts[3]
     assert zero[2] == "ValueError: factor is 0.0; expected a positive finite number"
     assert "rank 0" in one[2] and "factor is 0.0" in one[2]
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def saved_behind_a_skip(
+    rank: int, world_size: int, gradients: Gradients, compressor: str
+) -> list[list[Tensor]]:
+    """Owed behind a skipped step, by a checkpoint and by the step that takes it back: both e_i."""
+    model = wrap(LAYOUTS, torch.float32, **SMALL_BUCKETS)
+    applied = Applied(model.module.tensors)
+    scaler = GradScaler(DEVICE, init_scale=64.0)
+    config = {"compressor": compressor, "ratio": 0.2}
+    state = arc_topk.register(model, grad_scaler=scaler, **config)
+    for number, step in enumerate(gradients):
+        given = copy_to("cpu", step[rank])
+        if number == len(gradients) - 1 and rank == 1:
+            spoil(given[0])
+        model.zero_grad(set_to_none=True)
+        scaler.scale(model(copy_to(DEVICE, given))).backward()
+        scaler.step(applied.optimizer)
+        scaler.update()
+    owed = []
+    for part in (state.state_dict(gather=False), state.state_dict(gather=False)):
+        (own,) = part["own"].values()
+        owed.append([parts["a"] for parts in own.values()])
+    # And before a bucket has come for what was loaded.
+    state.load_state_dict(part)
+    plain = wrap(LAYOUTS, torch.float32)
+    other = arc_topk.register(plain, **config)
+    other.load_state_dict(part)
+    other.rescale_(4.0)
+    (own,) = other.state_dict(gather=False)["own"].values()
+    owed.append([parts["a"] / 4 for parts in own.values()])
+    return owed
+
+
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
+def test_a_checkpoint_behind_a_skipped_step_holds_what_it_gave_back(
+    ranks: Ranks, compressor: str
+) -> None:
+    """In the tensors that were finite the mean of the e_i is that of g_i + e_i again: the sum."""
+    gradients = random_gradients(LAYOUTS, 2, 1, torch.float32)
+    zero, one = ranks.run(saved_behind_a_skip, gradients, compressor)
+    for owed in (zero, one):
+        assert_same_bits(owed[0], owed[1])
+        assert_same_bits(owed[0], owed[2])
+    for t, a, b in list(zip(MATRICES, zero[0], one[0], strict=True))[1:]:
+        mean = (gradients[0][0][t] + gradients[0][1][t]) / 2
+        torch.testing.assert_close((a + b) / 2, mean, rtol=1e-5, atol=1e-5)
