@@ -18,7 +18,7 @@ uint64_t digest(const char* data, size_t bytes) {
   std::array<uint64_t, kLanes> sums{1, 2, 3, 4};
   std::array<uint64_t, kLanes> words{};
   const auto add = [&](size_t count) {
-    std::memcpy(words.data(), data, count);
+    if (count > 0) std::memcpy(words.data(), data, count);
     data += count;
     for (size_t i = 0; i < kLanes; ++i) sums[i] = mixed(sums[i], words[i]);
   };

@@ -132,6 +132,7 @@ TEST(Check, OneElementThatDiffersChangesTheDigest) {
   }
   EXPECT_NE(digest_of(at::zeros({8})), digest_of(at::zeros({9})));
   EXPECT_EQ(digest_of(at::Tensor()), 0);
+  EXPECT_EQ(digest_of(at::zeros({0})), digest_of(at::zeros({0})));
 }
 
 TEST(Check, OfManyRanksThatDifferSomeAreNamed) {
