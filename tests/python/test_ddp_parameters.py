@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -233,11 +234,16 @@ def test_process_groups_that_are_not_the_world(pools: Pools) -> None:
     check(pools.of(3), in_a_part_of_the_world, alike=False)
 
 
-def in_a_mesh(wrap: Any, rank: int, world_size: int, dimension: str | None) -> Observed:
+@functools.cache  # its groups stay as long as the rank, and each has threads that wake up often
+def mesh_of(dimension: str | None) -> DeviceMesh:
     if dimension is None:
-        return linear(wrap, rank, device_mesh=DeviceMesh(DEVICE, list(range(world_size))))
-    mesh = DeviceMesh(DEVICE, [[0, 1], [2, 3]], mesh_dim_names=("data", "other"))
-    return linear(wrap, rank, device_mesh=mesh[dimension])
+        return DeviceMesh(DEVICE, [0, 1, 2, 3])
+    square = DeviceMesh(DEVICE, [[0, 1], [2, 3]], mesh_dim_names=("data", "other"))
+    return square[dimension]
+
+
+def in_a_mesh(wrap: Any, rank: int, world_size: int, dimension: str | None) -> Observed:
+    return linear(wrap, rank, device_mesh=mesh_of(dimension))
 
 
 @pytest.mark.parametrize("dimension", [None, "data", "other"])
