@@ -32,6 +32,8 @@ from torch import Tensor
 import arc_topk
 from arc_topk import state
 
+pytestmark = pytest.mark.device
+
 # Three buckets of one matrix each, whatever DDP does: none has room for two.
 LAYOUTS = [torch.empty(64, 32, device="meta")] * 3
 BUCKETS = 3
