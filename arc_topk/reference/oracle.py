@@ -111,7 +111,8 @@ class Oracle:
         self.steps = 0
         self.started = not kind.dense_start
         drifts = kind.dense_start and compressor in ("arc_topk", "rand_k") and world_size > 1
-        by_wire = {torch.bfloat16: 32, torch.float16: 2048}.get(self.types.wire, 0)
+        intervals = {torch.bfloat16: 32, torch.float16: 2048, torch.float32: 512}
+        by_wire = intervals.get(self.types.wire, 0)
         self.resync_every = by_wire if resync_every is None else resync_every
         if not drifts:
             self.resync_every = 0

@@ -146,7 +146,7 @@ def test_a_resync_agrees_with_the_oracle(
     [
         ({"wire_dtype": torch.bfloat16}, 32),
         ({"wire_dtype": torch.float16}, 2048),
-        ({"wire_dtype": None}, 0),
+        ({"wire_dtype": None}, 512),
         ({"wire_dtype": torch.bfloat16, "resync_every": 0}, 0),
         ({"wire_dtype": None, "resync_every": 7}, 7),
         ({"wire_dtype": torch.bfloat16, "compressor": "top_k"}, 0),
