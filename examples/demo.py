@@ -120,6 +120,9 @@ def check_bytes(way: Way, outcome: Outcome) -> None:
     first_dense = way.compressor != "dense" and way.feedback in ("ef21", "ef21m")
     compressed = outcome.steps - first_dense
     planned = compressed * outcome.plan.wire_bytes + first_dense * outcome.plan.dense_bytes
+    for row in outcome.plan.rows:
+        if row.resync_every:
+            planned += outcome.steps // row.resync_every * row.resync_bytes
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (planned, outcome.metrics["wire_bytes"]))
     for rank, (expected, measured) in enumerate(everyone):

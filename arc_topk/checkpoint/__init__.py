@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from arc_topk import _C
@@ -13,17 +14,16 @@ from arc_topk.checkpoint.loading import restore
 from arc_topk.checkpoint.saving import collect
 
 
-class ErrorFeedback:
+class ErrorFeedback(ABC):
     """What `State` and `GradientExchange` have in common: their error feedback can be saved."""
 
     _engine: _C.Exchange | None
 
+    @abstractmethod
     def _holder(self) -> Holder:
-        """Whose it is."""
-        raise NotImplementedError
+        """Whose it is; RuntimeError where there is nothing yet."""
 
     def _held(self) -> tuple[_C.Exchange, Holder]:
-        """Or RuntimeError where there is nothing yet."""
         holder = self._holder()
         assert self._engine is not None
         return self._engine, holder

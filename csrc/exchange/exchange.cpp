@@ -124,16 +124,15 @@ void Exchange::check_idle() const {
   for (const auto& [state, exchange] : exchanges_) {
     if (!exchange->busy()) continue;
     throw std::runtime_error("arc_topk: " + exchange->place() +
-                             " is still being exchanged; expected its future to be waited for "
-                             "before error feedback is rescaled");
+                             " is still being exchanged; expected error feedback to be saved, "
+                             "loaded and rescaled between two steps, behind backward()");
   }
 }
 
 void Exchange::rescale(double factor) {
   const auto entered = enter();
   shared_.lifecycle.check_running();
-  check_idle();
-  for (auto& [state, exchange] : exchanges_) exchange->settle();
+  settle_between_steps();
   shared_.store.rescale(factor);
 }
 
@@ -166,14 +165,8 @@ void Exchange::resume(Groups groups, uint64_t exchanges, bool afresh) {
 
 // The caller's stream waits for what is queued; what still needs the host is refused.
 void Exchange::settle_between_steps() {
-  for (auto& [state, exchange] : exchanges_) {
-    if (exchange->busy()) {
-      throw std::runtime_error(
-          "arc_topk: a bucket is still being exchanged; expected error feedback to be saved and "
-          "loaded between two steps, behind backward()");
-    }
-    exchange->settle();
-  }
+  check_idle();
+  for (auto& [state, exchange] : exchanges_) exchange->settle();
 }
 
 Exchange::Saved Exchange::snapshot() {

@@ -111,6 +111,15 @@ class Pools:
             pool.close()
 
 
+def message_of(body: Callable[[], Any]) -> str:
+    """What a call raises; "" where it raises nothing."""
+    try:
+        body()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 @contextlib.contextmanager
 def temporary(world_size: int, timeout: timedelta) -> Iterator[Ranks]:
     """A pool of one test's own, for tests that break it."""

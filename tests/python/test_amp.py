@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from device import DEVICE, copy_to
 from model import Gradients, random_gradients, wrap
-from ranks import Ranks
+from ranks import Ranks, message_of
 from test_engine import COMPRESSORS, FEEDBACKS, assert_same_bits
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
@@ -222,14 +222,6 @@ def test_skipped_steps_agree_with_the_oracle(ranks: Ranks, compressor: str, feed
 
 # --- what is refused
 # ----------------------------------------------------------------------------------
-
-
-def message_of(body: Callable[[], object]) -> str:
-    try:
-        body()
-    except (RuntimeError, ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def step_two_optimizers(rank: int, world_size: int, gradients: Gradients, apart: bool) -> list[str]:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
-from ranks import Pools, Ranks
+from ranks import Pools, Ranks, message_of
 from test_engine import assert_same_bits, check_against_oracle, run_native
-from test_faults import message_of
 
 import arc_topk
 

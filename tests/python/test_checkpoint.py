@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
-from ranks import Pools, Ranks
+from ranks import Pools, Ranks, message_of
 from test_engine import COMPRESSORS, FEEDBACKS, LAYOUTS, assert_same_bits
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -31,14 +31,6 @@ pytestmark = pytest.mark.device
 STEPS, HALF = 6, 3
 SMALL_BUCKETS = {"bucket_cap_mb": 0.004}
 Outputs = list[list[Tensor | None]]
-
-
-def message_of(body: Callable[[], Any]) -> str:
-    try:
-        body()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def fresh(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:

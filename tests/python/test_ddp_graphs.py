@@ -14,8 +14,7 @@ import torch.distributed as dist
 from device import DEVICE, copy_to
 from model import Pick, random_gradients
 from oracle_hook import FEW, Observed, check, gradients_of, noise
-from ranks import Ranks, temporary
-from test_faults import message_of
+from ranks import Ranks, message_of, temporary
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -97,13 +96,7 @@ class Net(nn.Module):
         return out
 
 
-def train(
-    wrap: Any, rank: int, world_size: int, reentrant: bool | None, **options: Any
-) -> Observed:
-    module = Net(reentrant).to(DEVICE)
-    if not options.get("static_graph") and not options.get("find_unused_parameters"):
-        del module.unused
-    ddp = wrap(module, bucket_cap_mb=0.001, **options)
+def steps(ddp: Any, module: nn.Module, rank: int) -> Observed:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     seen: Observed = []
     for step in range(4):
@@ -112,6 +105,15 @@ def train(
         seen += gradients_of(module)
         optimizer.step()
     return seen
+
+
+def train(
+    wrap: Any, rank: int, world_size: int, reentrant: bool | None, **options: Any
+) -> Observed:
+    module = Net(reentrant).to(DEVICE)
+    if not options.get("static_graph") and not options.get("find_unused_parameters"):
+        del module.unused
+    return steps(wrap(module, bucket_cap_mb=0.001, **options), module, rank)
 
 
 def train_static(wrap: Any, rank: int, world_size: int, reentrant: bool | None) -> Observed:
@@ -151,17 +153,6 @@ class Deep(nn.Module):
         for layer in self.layers:
             x = layer(x).tanh()
         return x
-
-
-def steps(ddp: Any, module: nn.Module, rank: int) -> Observed:
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    seen: Observed = []
-    for step in range(4):
-        optimizer.zero_grad()
-        ddp(noise(10 * step + rank, 5, 10)).square().mean().backward()
-        seen += gradients_of(module)
-        optimizer.step()
-    return seen
 
 
 def run_eager(wrap: Any, rank: int, world_size: int) -> Observed:

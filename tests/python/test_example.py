@@ -61,9 +61,11 @@ def differing_parameters(rank: int, world_size: int) -> None:
 def wrong_bytes(rank: int, world_size: int) -> None:
     import demo
 
-    plan = argparse.Namespace(wire_bytes=100, dense_bytes=1000)
+    never = argparse.Namespace(resync_every=0, resync_bytes=0)
+    every_second = argparse.Namespace(resync_every=2, resync_bytes=50)
+    plan = argparse.Namespace(wire_bytes=100, dense_bytes=1000, rows=(never, every_second))
     way = demo.Way("EF21M", "arc_topk", "ef21m", 0.0, 1e-3)
-    sent = 1000 + 2 * 100
+    sent = 1000 + 2 * 100 + 50
     demo.check_bytes(way, train_ddp.Outcome(3, [], 1.0, plan, {"wire_bytes": sent}))
     demo.check_bytes(way, train_ddp.Outcome(3, [], 1.0, plan, {"wire_bytes": sent + rank}))
 
@@ -167,7 +169,7 @@ def test_every_run_ends_with_a_comparison_of_the_ranks(ranks: Ranks) -> None:
 
 
 def test_the_demo_compares_measured_bytes_with_the_plan(ranks: Ranks) -> None:
-    with pytest.raises(RankError, match=r"rank 1 sent 1201 bytes in 3 .* says 1200"):
+    with pytest.raises(RankError, match=r"rank 1 sent 1251 bytes in 3 .* says 1250"):
         ranks.run(wrong_bytes)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
-from ranks import Pools, Ranks, temporary
+from ranks import Pools, Ranks, message_of, temporary
 from test_engine import LAYOUTS
 
 import arc_topk
@@ -23,14 +23,6 @@ pytestmark = pytest.mark.device
 # How long a rank waits for one that is lost: generous for a busy machine.
 # On CUDA it also waits for one that is still making its context, which takes seconds.
 SHORT = timedelta(seconds=10)
-
-
-def message_of(body: Any) -> str:
-    try:
-        body()
-    except (RuntimeError, ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # --- ranks that differ

@@ -12,7 +12,6 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from device import DEVICE, copy_to
 from model import Gradients, backward, random_gradients, wrap
-from ranks import Pools, Ranks, temporary
+from ranks import Pools, Ranks, message_of, temporary
 from test_engine import LAYOUTS, assert_same_bits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,14 +32,6 @@ pytestmark = pytest.mark.device
 
 SLOW = timedelta(seconds=120)  # a group's time-out that no test may have to wait for
 SMALL_BUCKETS = {"bucket_cap_mb": 0.004}
-
-
-def message_of(body: Callable[[], Any]) -> str:
-    try:
-        body()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def total(steps: list[list[Tensor | None]]) -> list[Tensor]:

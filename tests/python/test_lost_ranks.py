@@ -24,9 +24,8 @@ import torch
 import torch.distributed as dist
 from cut_off import NAMES, NOT_HERE, ip
 from model import backward, random_gradients, wrap
-from ranks import temporary
+from ranks import message_of, temporary
 from test_engine import assert_same_bits
-from test_faults import message_of
 from torch import Tensor
 
 import arc_topk

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from device import DEVICE
 from model import backward, random_gradients, wrap
-from ranks import Ranks, temporary
-from test_faults import message_of
+from ranks import Ranks, message_of, temporary
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.nn.parallel import DistributedDataParallel

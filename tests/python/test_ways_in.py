@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from device import DEVICE, copy_to
 from model import Gradients, Pick, backward, random_gradients, wrap
-from ranks import TIMEOUT, Pools, Ranks, temporary
+from ranks import TIMEOUT, Pools, Ranks, message_of, temporary
 from test_engine import LAYOUTS, assert_same_bits, run_native
-from test_faults import message_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
