@@ -53,8 +53,8 @@ class Config:
             steps alone; on a GPU the host waits in them. 0: never.
         resync_every: EF21's and EF21M's shared estimate drifts away from the mean of the ranks' own
             by what sums on the wire round. Every so many steps it is set to that mean again, at
-            dense bytes. None: 32 on a bfloat16 wire, 2048 on a float16 one, 512 on a float32 one,
-            which drifts by 1e-5 in 2000 steps. 0: never. With any other feedback, and
+            dense bytes. None: 32 on a bfloat16 wire, 2048 on a float16 one, 512 on a float32 one
+            (docs/algorithm.md has what is left). 0: never. With any other feedback, and
             with ``"top_k"``, whose values are not summed on their way, nothing drifts.
 
     Raises:

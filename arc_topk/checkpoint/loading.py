@@ -153,6 +153,8 @@ class _Taker:
 
     def parts_of(self, name: str, tensor: torch.Tensor) -> _C.Parts | None:
         """What `_C.Exchange.restore` wants of a parameter."""
+        if name not in self._shared and not any(name in parts for parts in self._own.values()):
+            return None
         row = make_plan(self._holder.config, [(name, tensor)], self._holder.group.size()).rows[0]
         own, has_shared = _C.parts_of(self._holder.config.native(), row.kept is not None)
         shared = self._shared.get(name)

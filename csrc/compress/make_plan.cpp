@@ -61,7 +61,7 @@ int64_t resync_every(const Config& config, const Compressor& compressor, const T
     return 0;
   }
   constexpr int64_t kBF16 = 32;
-  constexpr int64_t kF32 = 512;  // 1e-5 of h was left after 2000 steps without
+  constexpr int64_t kF32 = 512;  // dear nowhere: 2 % of the rows' bytes at ratio 0.1
   const int64_t by_wire = types.wire == DType::kBF16  ? kBF16
                           : types.wire == DType::kF16 ? 64 * kBF16
                           : types.wire == DType::kF32 ? kF32

@@ -235,6 +235,23 @@ def test_before_the_first_step_and_before_bind(ranks: Ranks, tmp_path: Path) -> 
         assert equal == [True] * 7
 
 
+def run_beside_frozen_integers(rank: int, world_size: int) -> bool:
+    """As quantised weights are."""
+    module = torch.nn.Linear(24, 40).to(DEVICE)
+    integers = torch.zeros(5, dtype=torch.int8, device=DEVICE)
+    module.register_parameter("integers", torch.nn.Parameter(integers, requires_grad=False))
+    ddp = DistributedDataParallel(module)
+    state = arc_topk.register(ddp, ratio=0.2)
+    ddp(torch.ones(3, 24, device=DEVICE) * (rank + 1)).square().sum().backward()
+    saved = state.state_dict(gather=False)
+    state.load_state_dict(saved)
+    return same_state(saved, state.state_dict(gather=False))
+
+
+def test_frozen_integers_have_no_part_in_it(ranks: Ranks) -> None:
+    assert ranks.run(run_beside_frozen_integers) == [True, True]
+
+
 def run_into_other_strides(rank: int, world_size: int) -> bool:
     """Parts are of the parameter's shape, whatever its memory format."""
     like = torch.zeros(12, 6, 3, 3)
