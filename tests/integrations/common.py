@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 FOLDER = Path(sys.argv[1])  # of this run, the same on all ranks
@@ -47,13 +47,15 @@ def parameters_of(model: nn.Module) -> list[Tensor]:
 
 
 def finish(straight: list[Tensor], stopped: list[Tensor], plain: list[Tensor]) -> None:
-    """Both runs must have ended in the same bits, on all ranks, and elsewhere than plain DDP."""
-    flat = torch.cat([p.reshape(-1) for p in straight])
-    ranks = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(ranks, flat)
-    assert all(torch.equal(flat, other) for other in ranks), "ranks differ"
+    """Both runs must have ended in the same bits, and elsewhere than plain DDP.
+
+    Prints what this rank ends with: whoever started the ranks compares them. A collective here
+    would be the process's last act, and torch (2.15) aborts at exit where a Gloo thread only then
+    lets go of a tensor of Python's.
+    """
     for a, b in zip(straight, stopped, strict=True):
         assert torch.equal(a, b), "a stop changes the run"
     same = all(torch.equal(a, b) for a, b in zip(straight, plain, strict=True))
     assert not same, "nobody calls us"
-    print("as expected", flush=True)
+    flat = torch.cat([p.reshape(-1) for p in straight])
+    print(f"as expected {hashlib.sha256(flat.numpy().tobytes()).hexdigest()}", flush=True)

@@ -65,7 +65,7 @@ def train(first: int, last: int, fields: dict[str, object], save: bool = False) 
         }
         torch.save(content, FOLDER / f"half-{rank}.pt")
     assert exchanges
-    return [p.detach().full_tensor() for p in model.parameters()]
+    return [p.detach().to_local().clone() for p in model.parameters()]
 
 
 def main() -> None:
