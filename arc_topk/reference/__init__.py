@@ -6,13 +6,14 @@ later one:
 
 1. random_numbers.py   Philox4x32-10, the projection V, the keys of Rand-K
 2. selection.py        sketch -> scores -> top_rows, and what "a valid top K within rounding" means
-3. wire.py             what narrowing a value to the wire's type does to it
-4. compressors.py      messages X_1 .. X_N in, own parts C_1 .. C_N and their mean C out
-5. feedback.py         gradient g_i in, message X_i out, and the state that remembers the difference
-6. layout.py           in which order the elements of a tensor lie in memory
-7. plan.py             which tensor is seen as which matrix, and which one stays dense
-8. spike_limit.py      what is cut off a gradient that is much longer than usual
-9. oracle.py           all of it together, step by step
+3. levels.py           the uint8 wire: rows as integers, in a unit that all ranks share
+4. wire.py             what narrowing a value to any other wire's type does to it
+5. compressors.py      messages X_1 .. X_N in, own parts C_1 .. C_N and their mean C out
+6. feedback.py         gradient g_i in, message X_i out, and the state that remembers the difference
+7. layout.py           in which order the elements of a tensor lie in memory
+8. plan.py             which tensor is seen as which matrix, and which one stays dense
+9. spike_limit.py      what is cut off a gradient that is much longer than usual
+10. oracle.py          all of it together, step by step
 
 Notation:
 
@@ -42,6 +43,7 @@ on an order of summation (sketches, reductions) is done in float64 and rounded o
 from arc_topk.reference.compressors import arc_topk, rand_k, top_k
 from arc_topk.reference.feedback import EF14, EF21, EF21M
 from arc_topk.reference.layout import flatten, unflatten
+from arc_topk.reference.levels import Levels, best_step, most_level, unit_of
 from arc_topk.reference.oracle import Oracle
 from arc_topk.reference.plan import Types, matrix_shape
 from arc_topk.reference.random_numbers import normals, philox, projection, rand_k_keys
@@ -52,12 +54,15 @@ __all__ = [
     "EF14",
     "EF21",
     "EF21M",
+    "Levels",
     "Oracle",
     "Types",
     "Wire",
     "arc_topk",
+    "best_step",
     "flatten",
     "matrix_shape",
+    "most_level",
     "normals",
     "philox",
     "projection",
@@ -68,5 +73,6 @@ __all__ = [
     "top_k",
     "top_rows",
     "unflatten",
+    "unit_of",
     "valid_top_k",
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arc_topk.reference.levels import Levels
 from arc_topk.reference.selection import scores, sketch, top_rows, valid_top_k
 from arc_topk.reference.wire import Wire
 
@@ -44,7 +45,9 @@ def _check(values: Tensor, rows: Tensor, k: int, rtol: float, magnitude: Tensor)
         )
 
 
-def send_rows(x: Sequence[Tensor], rows: Tensor, wire: Wire) -> tuple[list[Tensor], Tensor]:
+def send_rows(
+    x: Sequence[Tensor], rows: Tensor, wire: Wire | Levels
+) -> tuple[list[Tensor], Tensor]:
     """Steps (4) to (6) of ARC-Top-K and Rand-K: pack rows S, reduce them, put them in place.
 
     No index travels, since all ranks send the same rows.
@@ -57,17 +60,18 @@ def send_rows(x: Sequence[Tensor], rows: Tensor, wire: Wire) -> tuple[list[Tenso
     Returns:
         C_i of every rank and C: zero outside S.
     """
-    sent = [wire.send(xi[rows]) for xi in x]
+    fitted = wire.fitted(x, rows)
+    sent = [fitted.send(xi[rows]) for xi in x]
     empty = torch.zeros(x[0].shape, dtype=wire.work)
-    own = [empty.index_copy(0, rows, wire.value(s)) for s in sent]
-    return own, empty.index_copy(0, rows, wire.mean(sent))
+    own = [empty.index_copy(0, rows, fitted.value(s)) for s in sent]
+    return own, empty.index_copy(0, rows, fitted.mean(sent))
 
 
 def arc_topk(
     x: Sequence[Tensor],
     v: Tensor,
     k: int,
-    wire: Wire,
+    wire: Wire | Levels,
     selected: Tensor | None = None,
     rtol: float = 1e-5,
 ) -> Compressed:

@@ -13,10 +13,11 @@ from torch import Tensor
 from arc_topk.reference.compressors import Compressed, arc_topk, dense, rand_k, top_k
 from arc_topk.reference.feedback import FEEDBACKS
 from arc_topk.reference.layout import flatten, unflatten
+from arc_topk.reference.levels import Levels
 from arc_topk.reference.plan import Types, plan_view
 from arc_topk.reference.random_numbers import projection, rand_k_keys
 from arc_topk.reference.spike_limit import SpikeLimit
-from arc_topk.reference.wire import Wire
+from arc_topk.reference.wire import Wire, wire_type
 
 # Rows (ARC-Top-K, Rand-K), element indices of each rank (Top-K), or the oracle's own choice.
 Selection: TypeAlias = Any
@@ -89,7 +90,8 @@ class Oracle:
             t if isinstance(t, Tensor) else torch.empty(tuple(t), device="meta") for t in layouts
         ]
         self.world_size = world_size
-        self.types = Types.of(dtype, wire_dtype, state_dtype, compressor)
+        travels = None if wire_dtype is None else wire_type(wire_dtype, world_size)
+        self.types = Types.of(dtype, travels, state_dtype, compressor)
         self.compressor, self.feedback = compressor, feedback
         self.sketch_dim, self.start_step, self.seed = sketch_dim, start_step, seed
         self.eta = 0.1 if eta is None else eta
@@ -111,7 +113,12 @@ class Oracle:
         self.steps = 0
         self.started = not kind.dense_start
         drifts = kind.dense_start and compressor in ("arc_topk", "rand_k") and world_size > 1
-        intervals = {torch.bfloat16: 32, torch.float16: 2048, torch.float32: 512}
+        intervals = {
+            torch.bfloat16: 32,
+            torch.float16: 2048,
+            torch.float32: 512,
+            torch.uint8: 2048,
+        }
         by_wire = intervals.get(self.types.wire, 0)
         self.resync_every = by_wire if resync_every is None else resync_every
         if not drifts:
@@ -292,8 +299,11 @@ class Oracle:
         self, t: int, x: list[Tensor], step: int, selected: Selection, rtol: float
     ) -> Compressed:
         view = self.views[t]
+        wire: Wire | Levels
         wire = Wire(self.types.wire, self.world_size, self.types.work, self._sums)
         if self.compressor == "arc_topk":
+            if self.types.wire == torch.uint8:
+                wire = Levels(self.world_size, self.types.work, view.numel)
             v = projection(self.seed, step, view.n, self.sketch_dim)
             return arc_topk(x, v, view.k, wire, selected, rtol)
         if self.compressor == "rand_k":

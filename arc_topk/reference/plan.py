@@ -108,7 +108,8 @@ def plan_view(
 ) -> View:
     """The plan's rule: see the tensor as a matrix; compress it only where that saves bytes.
 
-    Compressed bytes are r m sketch numbers and K n row elements for ARC-Top-K, K n row elements for
+    Compressed bytes are r m sketch numbers and K n row elements for ARC-Top-K (on a uint8 wire a unit
+    of each row besides), K n row elements for
     Rand-K, K values and K int32 indices for Top-K, which looks at single elements whatever the
     rows; and one flag each. Top-K gathers: in a ring, a rank sends N - 1 times its bytes, against
     2 (N - 1) / N times for an all-reduce, hence max(N, 2) / 2 times its bytes are compared.
@@ -121,8 +122,9 @@ def plan_view(
         return stays_dense
     m, n = (numel, 1) if compressor == "top_k" else shape
     k = kept(ratio, m)
+    unit = 1 if types.wire == torch.uint8 else 0
     wire_bytes = {
-        "arc_topk": (sketch_dim * m + 1) * work + k * n * wire,
+        "arc_topk": ((sketch_dim + unit) * m + 1) * work + k * n * wire,
         "rand_k": (k * n + 1) * wire,
         "top_k": k * (wire + 4) + 4,
     }[compressor]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arc_topk.reference.levels import MOST_RANKS
+
 
 @dataclass(frozen=True)
 class Wire:
@@ -52,3 +54,14 @@ class Wire:
         total = torch.stack(list(sent)).double().sum(dim=0)
         total = total.to(self.dtype if self.summed else self.work).to(self.work)
         return total / (self.world_size / self.scale)
+
+    def fitted(self, x: Sequence[Tensor], rows: Tensor) -> Wire:
+        """The wire of selected rows: the same for all."""
+        return self
+
+
+def wire_type(asked: torch.dtype, world_size: int) -> torch.dtype:
+    """What rows travel in: bytes have too few levels for many ranks, and bfloat16 is better."""
+    if asked == torch.uint8 and world_size > MOST_RANKS:
+        return torch.bfloat16
+    return asked
