@@ -130,10 +130,11 @@ def describe(
     strides: tuple[int, ...],
     dtype: torch.dtype,
     world_size: int,
-) -> tuple[int, int, int, int, int, int, str, int, int]:
+) -> tuple[int, int, int, int, int, int, str, int, int, torch.dtype]:
     """What is done with one tensor: m, n, K (0: dense), wire, dense and state bytes, why dense.
 
-    Then the steps from one resync to the next (0: there is none), and the bytes of one.
+    Then the steps from one resync to the next (0: there is none), and the bytes of one; and what it
+    travels in.
     """
 
 def cpu_isa() -> str:

@@ -16,7 +16,7 @@ from arc_topk import _C
 
 COMPRESSORS = ("arc_topk", "dense", "rand_k", "top_k")
 FEEDBACKS = ("ef14", "ef21", "ef21m", "none")
-WIRE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+WIRE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 DEFAULT_ETA = 0.1
 
@@ -38,7 +38,10 @@ class Config:
         eta: EF21M's momentum, in (0, 1]; None means 0.1. With any other feedback it must be None.
         start_step: synchronised backward passes of plain averaging before compression begins.
         wire_dtype: what rows travel in; None: the gradient's dtype. What a narrower type rounds
-            away stays in the error feedback.
+            away stays in the error feedback. ``torch.uint8``, with ``"arc_topk"`` alone: integers,
+            which cannot overflow and sum exactly, in a unit that the ranks agree on row by row, for
+            4 bytes a row of the matrix. They have 127 / N levels either way of zero for N ranks;
+            above 32 ranks bfloat16 takes their place (docs/algorithm.md).
         state_dtype: what error feedback is kept in: None or ``torch.float32``, or
             ``torch.bfloat16``. float64 gradients always keep float64 state.
         seed: of the random projection V and of Rand-K's draw, in [0, 2**64). torch's own generators
@@ -53,8 +56,8 @@ class Config:
             steps alone; on a GPU the host waits in them. 0: never.
         resync_every: EF21's and EF21M's shared estimate drifts away from the mean of the ranks' own
             by what sums on the wire round. Every so many steps it is set to that mean again, at
-            dense bytes. None: 32 on a bfloat16 wire, 2048 on a float16 one, 512 on a float32 one
-            (docs/algorithm.md has what is left). 0: never. With any other feedback, and
+            dense bytes. None: 32 on a bfloat16 wire, 2048 on a float16 or uint8 one, 512 on a
+            float32 one (docs/algorithm.md has what is left). 0: never. With any other feedback, and
             with ``"top_k"``, whose values are not summed on their way, nothing drifts.
 
     Raises:
@@ -93,6 +96,12 @@ class Config:
         self._take("start_step", _integer("start_step", self.start_step, 0, 2**62))
         if self.wire_dtype is not None:
             _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)
+        if self.wire_dtype == torch.uint8 and self.compressor != "arc_topk":
+            raise ValueError(
+                f"wire_dtype is torch.uint8 with compressor='{self.compressor}'; expected "
+                "compressor='arc_topk', whose first collective tells all ranks the rows' units: "
+                "choose that, or wire_dtype=torch.bfloat16"
+            )
         if self.state_dtype is not None:
             _one_of("state_dtype", self.state_dtype, STATE_DTYPES)
         self._take("seed", _integer("seed", self.seed, 0, 2**64 - 1))

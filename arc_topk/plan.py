@@ -27,6 +27,7 @@ class PlanRow:
         why_dense: why it is not compressed; empty if it is.
         resync_every: steps from one resync to the next (`Config.resync_every`); 0: there is none.
         resync_bytes: bytes a rank hands to the collectives for it in such a step, on top.
+        wire_dtype: what it travels in: its rows, or all of a tensor that stays dense.
     """
 
     name: str
@@ -40,6 +41,7 @@ class PlanRow:
     why_dense: str
     resync_every: int
     resync_bytes: int
+    wire_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class Plan:
     Attributes:
         rows: one a tensor, in the order of the model's parameters.
         transport: what payloads travel over, as in `State.metrics`; empty where nobody has told.
+        notes: what is not as the configuration asks for, and why; a sentence each.
     """
 
     rows: tuple[PlanRow, ...]
     transport: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def wire_bytes(self) -> int:
@@ -89,7 +93,7 @@ class Plan:
         for every in sorted({row.resync_every for row in self.rows if row.resync_every}):
             size = sum(row.resync_bytes for row in self.rows if row.resync_every == every)
             over.append(f"every {every} steps {size:,} bytes more, to resync shared estimates")
-        return "\n".join([_aligned(lines), *over])
+        return "\n".join([_aligned(lines), *over, *self.notes])
 
 
 def make_plan(
@@ -102,13 +106,26 @@ def make_plan(
     native = config.native()
     rows = []
     for name, tensor in tensors:
-        m, n, kept, wire, dense, state, why, every, resync = _C.describe(
+        m, n, kept, wire, dense, state, why, every, resync, travels = _C.describe(
             native, tensor.shape, tensor.stride(), tensor.dtype, world_size
         )
         view = (m, n) if kept else None
         about = (name, tuple(tensor.shape), tensor.dtype, view, kept or None)
-        rows.append(PlanRow(*about, wire, dense, state, why, every, resync if every else 0))
-    return Plan(tuple(rows), transport)
+        rows.append(
+            PlanRow(*about, wire, dense, state, why, every, resync if every else 0, travels)
+        )
+    return Plan(tuple(rows), transport, _notes(config, rows, world_size))
+
+
+def _notes(config: Config, rows: Sequence[PlanRow], world_size: int) -> tuple[str, ...]:
+    instead = {row.wire_dtype for row in rows if row.kept} - {config.wire_dtype}
+    if config.wire_dtype != torch.uint8 or not instead:
+        return ()
+    (travels,) = instead
+    return (
+        f"rows travel in {travels}: torch.uint8 has too few levels for {world_size} ranks, "
+        "and serves 32 at most",
+    )
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -23,7 +23,12 @@ from arc_topk.reference import Oracle
 
 SHAPE = (64, 32)
 RANKS = 4
-WIRES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WIRES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
+}
 SETTINGS = [
     ("bfloat16", 0),
     ("bfloat16", 128),
@@ -32,6 +37,8 @@ SETTINGS = [
     ("float16", 0),
     ("float32", 0),
     ("float32", 512),
+    ("uint8", 0),
+    ("uint8", 512),
 ]
 LOOK_EVERY = 7  # steps; no multiple of a resync's
 

@@ -45,7 +45,7 @@ def floor_bytes(plan: Plan, config: Config) -> int:
     for row in plan.rows:
         gradient = row.dtype.itemsize
         state = 8 if row.dtype == torch.float64 else (config.state_dtype or torch.float32).itemsize
-        wire = (config.wire_dtype or row.dtype).itemsize
+        wire = row.wire_dtype.itemsize
         numel = row.dense_bytes // gradient
         each, kept = TRAFFIC[config.feedback]
         if row.view is None or row.kept is None:  # g into a payload, the mean out of it

@@ -25,9 +25,10 @@ FeedbackKind feedback_named(const std::string& name) {
                               "'; expected 'none', 'ef14', 'ef21' or 'ef21m'");
 }
 
-std::optional<DType> optional_dtype(const std::optional<at::ScalarType>& type) {
+std::optional<DType> optional_type(const std::optional<at::ScalarType>& type,
+                                   DType (*its_type)(at::ScalarType)) {
   if (!type) return std::nullopt;
-  return dtype_of(*type);
+  return its_type(*type);
 }
 
 Config make_config(std::string compressor, const std::string& feedback, double ratio,
@@ -44,8 +45,8 @@ Config make_config(std::string compressor, const std::string& feedback, double r
           row_width,
           eta,
           start_step,
-          optional_dtype(wire_dtype),
-          optional_dtype(state_dtype),
+          optional_type(wire_dtype, wire_type_of),
+          optional_type(state_dtype, dtype_of),
           seed,
           spike_limit,
           check_every,
@@ -111,18 +112,19 @@ py::tuple parts_of(const Config& config, bool compressed) {
 }
 
 // What make_plan() would decide of one tensor: (rows, cols, kept, wire, dense, state bytes,
-// reason, steps between resyncs, bytes of one).
+// reason, steps between resyncs, bytes of one, what it travels in).
 py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
                    const std::vector<int64_t>& strides, at::ScalarType dtype, int world_size) {
   const Compressor& compressor = compressor_named(config.compressor);
   const DType gradient = dtype_of(dtype);
-  const Types types = types_for(config, compressor, gradient);
+  const Types types = types_for(config, compressor, gradient, world_size);
   const Matrix m = view_as_matrix(config, compressor, shape_of(sizes, strides), types, world_size);
   int64_t numel = 1;
   for (const int64_t size : sizes) numel *= size;
-  return py::make_tuple(
-      m.rows, m.cols, m.kept, m.wire_bytes, numel * size_of(gradient), m.state_bytes, m.why_dense,
-      m.kept > 0 ? resync_every(config, compressor, types, world_size) : 0, m.resync_bytes);
+  return py::make_tuple(m.rows, m.cols, m.kept, m.wire_bytes, numel * size_of(gradient),
+                        m.state_bytes, m.why_dense,
+                        m.kept > 0 ? resync_every(config, compressor, types, world_size) : 0,
+                        m.resync_bytes, scalar_type_of(m.kept > 0 ? types.wire : types.dense));
 }
 
 }  // namespace

@@ -31,7 +31,8 @@ def best_step(most: int) -> float:
     """The step c of levels -most .. most that has the least mean squared error for N(0, 1).
 
     With Q(x) = c k(x) that error is stationary where c = E[x k] / E[k^2]. (It is continuous where x
-    passes from one level to the next, so that these boundaries' own motion adds nothing.)
+    passes from one level to the next, so that these boundaries' own motion adds nothing.) Rounded
+    to six places, so that another implementation can take the very same constants.
     """
 
     def slope(c: float) -> float:
@@ -47,7 +48,7 @@ def best_step(most: int) -> float:
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return low
+    return round(low, 6)
 
 
 @dataclass(frozen=True)

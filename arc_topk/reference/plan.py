@@ -108,11 +108,11 @@ def plan_view(
 ) -> View:
     """The plan's rule: see the tensor as a matrix; compress it only where that saves bytes.
 
-    Compressed bytes are r m sketch numbers and K n row elements for ARC-Top-K (on a uint8 wire a unit
-    of each row besides), K n row elements for
-    Rand-K, K values and K int32 indices for Top-K, which looks at single elements whatever the
-    rows; and one flag each. Top-K gathers: in a ring, a rank sends N - 1 times its bytes, against
-    2 (N - 1) / N times for an all-reduce, hence max(N, 2) / 2 times its bytes are compared.
+    Compressed bytes are r m sketch numbers and K n row elements for ARC-Top-K (on a uint8 wire m
+    units besides), K n row elements for Rand-K, K values and K int32 indices for Top-K, which looks
+    at single elements whatever the rows; and one flag each. Top-K gathers: in a ring, a rank sends
+    N - 1 times its bytes, against 2 (N - 1) / N times for an all-reduce, hence max(N, 2) / 2 times
+    its bytes are compared.
     """
     numel, wire, work = layout.numel(), types.wire.itemsize, types.work.itemsize
     dense_bytes = numel * types.dense.itemsize

@@ -25,7 +25,8 @@ template <class T>
 constexpr DType kTypeOf = std::is_same_v<T, float>    ? DType::kF32
                           : std::is_same_v<T, double> ? DType::kF64
                           : std::is_same_v<T, BF16>   ? DType::kBF16
-                                                      : DType::kF16;
+                          : std::is_same_v<T, F16>    ? DType::kF16
+                                                      : DType::kU8;
 
 #if defined(__CUDA_ARCH__)
 ARC_TOPK_HD uint32_t bits_of(float x) { return __float_as_uint(x); }

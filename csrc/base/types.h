@@ -5,10 +5,11 @@
 
 namespace arc_topk {
 
-enum class DType : uint8_t { kF32, kF64, kBF16, kF16 };
+// kU8 is a wire alone: rows of small integers, see kernels/levels.h.
+enum class DType : uint8_t { kF32, kF64, kBF16, kF16, kU8 };
 
 constexpr int64_t size_of(DType type) {
-  return type == DType::kF64 ? 8 : type == DType::kF32 ? 4 : 2;
+  return type == DType::kF64 ? 8 : type == DType::kF32 ? 4 : type == DType::kU8 ? 1 : 2;
 }
 
 // The type sums, sketches and scores are made in.

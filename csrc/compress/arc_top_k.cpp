@@ -2,8 +2,10 @@
 // their messages, keep the K rows whose summed sketch is longest - the same rows everywhere, since
 // the sum is - and all-reduce just those. No index travels.
 //
-//   first payload,  work type:  flags | m x r sketches | dense tensors of that type
+//   first payload,  work type:  flags | m x r sketches (, m units) | dense tensors of that type
 //   second payload, wire type:  K x n rows | dense tensors of the wire's type
+//
+// Units are what rows on an uint8 wire are rounded in: kernels/levels.h.
 #include "compress/compressor.h"
 
 namespace arc_topk {
@@ -14,9 +16,10 @@ class ArcTopK final : public Compressor {
   const char* name() const override { return "arc_topk"; }
   bool sketches() const override { return true; }
 
-  // 4 r m + K n w, and the flag.
+  // 4 r m + K n w, and the flag; with units 4 m more.
   int64_t wire_bytes(const Matrix& x, const Types& types, const Config& config) const override {
-    return size_of(types.work()) * (config.sketch_dim * x.rows + 1) +
+    const int64_t units = types.has_units() ? 1 : 0;
+    return size_of(types.work()) * ((config.sketch_dim + units) * x.rows + 1) +
            size_of(types.wire) * x.kept * x.cols;
   }
 
@@ -30,6 +33,8 @@ class ArcTopK final : public Compressor {
       if (s.compressed()) {
         s.sketch = first;
         first += s.rows * config.sketch_dim;
+        s.units = first;
+        if (plan.types.has_units()) first += s.rows;
         s.packed = second;
         second += s.kept * s.cols;
       } else {

@@ -5,6 +5,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "kernels/levels.h"
+
 namespace arc_topk {
 namespace {
 
@@ -42,6 +44,12 @@ int64_t state_bytes(const Config& config, const Compressor& compressor, const Ty
   return arrays * size_of(types.state) * numel;
 }
 
+// Bytes have too few levels for many ranks: bfloat16 is better there.
+DType wire_for(const Config& config, DType gradient, int world_size) {
+  const DType asked = config.wire_dtype.value_or(gradient);
+  return asked == DType::kU8 && world_size > kMostRanksOfLevels ? DType::kBF16 : asked;
+}
+
 }  // namespace
 
 int64_t kept_rows(double ratio, int64_t rows) {
@@ -53,7 +61,8 @@ int64_t kept_rows(double ratio, int64_t rows) {
 
 // What the sum on its way rounds enters h and no h_i: h drifts, by the square root of the steps.
 // float16 rounds 8 times less than bfloat16, and an eighth of the drift a step makes 64 times as
-// many steps. docs/algorithm.md says what is left.
+// many steps. Sums of bytes round nothing, and what is left is what h itself is rounded by.
+// docs/algorithm.md has figures.
 int64_t resync_every(const Config& config, const Compressor& compressor, const Types& types,
                      int world_size) {
   if (!shares_estimate(config.feedback) || compressor.gathers() || !compressor.compresses() ||
@@ -61,19 +70,22 @@ int64_t resync_every(const Config& config, const Compressor& compressor, const T
     return 0;
   }
   constexpr int64_t kBF16 = 32;
-  constexpr int64_t kF32 = 512;  // dear nowhere: 2 % of the rows' bytes at ratio 0.1
+  // Dear nowhere: 2 % of the rows' bytes at ratio 0.1, as are 4 times as many steps for bytes.
+  constexpr int64_t kF32 = 512;
   const int64_t by_wire = types.wire == DType::kBF16  ? kBF16
                           : types.wire == DType::kF16 ? 64 * kBF16
                           : types.wire == DType::kF32 ? kF32
+                          : types.wire == DType::kU8  ? 4 * kF32
                                                       : 0;
   return config.resync_every.value_or(by_wire);
 }
 
-Types types_for(const Config& config, const Compressor& compressor, DType gradient) {
+Types types_for(const Config& config, const Compressor& compressor, DType gradient,
+                int world_size) {
   Types types{};
   types.gradient = gradient;
   types.state = gradient == DType::kF64 ? DType::kF64 : config.state_dtype.value_or(DType::kF32);
-  types.wire = config.wire_dtype.value_or(gradient);
+  types.wire = wire_for(config, gradient, world_size);
   types.dense = compressor.dense_type(gradient, types.wire);
   return types;
 }
@@ -112,7 +124,7 @@ Matrix view_as_matrix(const Config& config, const Compressor& compressor, const 
 Plan make_plan(const Config& config, const Compressor& compressor, DType gradient,
                const std::vector<Shape>& shapes, int world_size) {
   Plan plan;
-  plan.types = types_for(config, compressor, gradient);
+  plan.types = types_for(config, compressor, gradient, world_size);
   int64_t num_keys = 0;
   for (const Shape& shape : shapes) {
     const Matrix matrix = view_as_matrix(config, compressor, shape, plan.types, world_size);

@@ -9,7 +9,7 @@
 
 namespace arc_topk {
 
-Types types_for(const Config& config, const Compressor& compressor, DType gradient);
+Types types_for(const Config& config, const Compressor& compressor, DType gradient, int world_size);
 
 Matrix view_as_matrix(const Config& config, const Compressor& compressor, const Shape& shape,
                       const Types& types, int world_size);

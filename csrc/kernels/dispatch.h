@@ -17,6 +17,7 @@ ARC_TOPK_HD decltype(auto) with_type(DType type, F&& f) {
       return f(numbers::BF16{});
     case DType::kF16:
       return f(numbers::F16{});
+    case DType::kU8:  // levels.h reads and writes those
     case DType::kF32:
       break;
   }

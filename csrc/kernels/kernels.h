@@ -34,6 +34,7 @@ struct Segment {
   int64_t kept;     // K; 0 for a tensor that stays dense (it then has rows = numel, cols = 1)
   int64_t flag;     // compressed: its place among the flags
   int64_t sketch;   // compressed: its m x r sketch in the first payload (row-major)
+  int64_t units;    // compressed, on an uint8 wire: its m rows' units in the first payload
   int64_t packed;   // its K x n rows, or its dense copy, in the payload that carries them
   int64_t key;      // compressed: its m rows among those of all compressed segments
   int64_t pick;     // compressed: its K selected rows
@@ -98,7 +99,7 @@ struct Bucket {
   void* shared;  // state_type: h
 
   // Payloads. Top-K's lie inside one message of bytes, picks and flags with them.
-  void* first;   // work type: flags | sketches | dense tensors
+  void* first;   // work type: flags | sketches, units | dense tensors
   void* second;  // wire_type: (Rand-K: flags |) rows | dense tensors
   void* flags;   // one number per compressed segment, inside one of the payloads
   DType flag_type;
@@ -122,7 +123,7 @@ struct Bucket {
 
   int world_size;
   // Wire values are X_i * wire_scale: scale_of_sum(), or 1 where they are not summed on their way.
-  // What comes back is divided by it again.
+  // What comes back is divided by it again. (Rows on an uint8 wire are integers, and need none.)
   double wire_scale;
 
   // A GradScaler's scale in this step, which the loss was multiplied with, and behind it 1 over
@@ -193,12 +194,13 @@ class Kernels {
   // --- before the first collective --------------------------------------------------------------
   // EF14 under a scaler, before prepare(): where the scaler has skipped the bucket's step before,
   // what was sent in it, and has changed nothing, goes back into the residual: the mean of all
-  // ranks' rows, or this rank's own where they were gathered. picks[], outcome[] and `second` are
-  // still as that step has left them.
+  // ranks' rows, or this rank's own where they were gathered. picks[], outcome[] and both
+  // payloads are still as that step has left them.
   virtual void reclaim(const Bucket& b) const = 0;
   // One pass over gradient and state: updates the state (feedback.prepare), sets used[], bad[] and
   // this rank's flags (0 unused, 1 used, infinity non-finite), sets outcome[] to normal and, given
-  // a projection, adds up the sketches into `first`. A non-finite state is never stored. The state
+  // a projection, adds up the sketches into `first`, for an uint8 wire this rank's shares of the
+  // rows' units too. A non-finite state is never stored. The state
   // of a segment that is not used[] here stays, though it is sketched as if prepared: whether some
   // other rank has used it is not known yet. Dense segments are copied into their payload.
   virtual void prepare(const Bucket& b, const Projection* v) const = 0;
@@ -209,8 +211,9 @@ class Kernels {
   // scores of normal segments.
   virtual void select(const Bucket& b, const Keys& keys) const = 0;
 
-  // The picked rows of X_i, rounded to the wire type, into `second`. A segment that is bad[] here
-  // sends zeros. The state stays as it is: the outcome is not known yet.
+  // The picked rows of X_i, rounded to the wire type, into `second`. (An uint8 wire: in the units
+  // that `first` has, summed.) A segment that is bad[] here sends zeros. The state stays as it is:
+  // the outcome is not known yet.
   virtual void pack(const Bucket& b) const = 0;
   // Reads outcome[] off the flags (summed here over the messages if `gathered`) and brings own
   // state to what it demands: prepares what prepare() held back where some other rank has used the

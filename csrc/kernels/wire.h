@@ -10,6 +10,7 @@ namespace arc_topk {
 // what was sent is finite, and so is what stays behind in the state.
 ARC_TOPK_HD double largest(DType type) {
   switch (type) {
+    case DType::kU8:  // levels.h has its own
     case DType::kF64:
       break;
     case DType::kF32:

@@ -27,6 +27,8 @@ struct Types {
   DType dense;  // what a dense tensor rides in: it has no state to feed a rounding back from
 
   DType work() const { return work_type(gradient); }
+  // Rows on an uint8 wire are integers, each in a unit of its own.
+  bool has_units() const { return wire == DType::kU8; }
 };
 
 // One tensor as the compressor sees it, whatever bucket it is in.

@@ -23,6 +23,8 @@ DType dtype_of(at::ScalarType type) {
   }
 }
 
+DType wire_type_of(at::ScalarType type) { return type == at::kByte ? DType::kU8 : dtype_of(type); }
+
 at::ScalarType scalar_type_of(DType type) {
   switch (type) {
     case DType::kF32:
@@ -33,6 +35,8 @@ at::ScalarType scalar_type_of(DType type) {
       return at::kBFloat16;
     case DType::kF16:
       return at::kHalf;
+    case DType::kU8:
+      return at::kByte;
   }
   throw std::invalid_argument("unknown DType");
 }

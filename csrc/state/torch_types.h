@@ -8,7 +8,8 @@
 
 namespace arc_topk {
 
-DType dtype_of(at::ScalarType type);  // throws where the engine has no such type
+DType dtype_of(at::ScalarType type);      // throws where the engine has no such type
+DType wire_type_of(at::ScalarType type);  // kByte besides
 at::ScalarType scalar_type_of(DType type);
 // The memory view of a parameter: rows are its slowest-varying dimension.
 Shape shape_of(at::IntArrayRef sizes, at::IntArrayRef strides);

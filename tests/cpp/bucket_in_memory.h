@@ -72,6 +72,7 @@ inline uint16_t encode_16_bits(DType type, double x) {
 inline double get(DType type, const void* array, int64_t i) {
   if (type == DType::kF64) return static_cast<const double*>(array)[i];
   if (type == DType::kF32) return static_cast<const float*>(array)[i];
+  if (type == DType::kU8) return static_cast<const uint8_t*>(array)[i];
   return decode_16_bits(type, static_cast<const uint16_t*>(array)[i]);
 }
 
@@ -80,6 +81,8 @@ inline void set(DType type, void* array, int64_t i, double x) {
     static_cast<double*>(array)[i] = x;
   } else if (type == DType::kF32) {
     static_cast<float*>(array)[i] = static_cast<float>(x);
+  } else if (type == DType::kU8) {
+    static_cast<uint8_t*>(array)[i] = static_cast<uint8_t>(std::clamp(x, 0.0, 255.0));
   } else {
     static_cast<uint16_t*>(array)[i] = encode_16_bits(type, rounded(type, x));
   }
@@ -119,7 +122,8 @@ inline std::string describe(const BucketSpec& s) {
     return type == DType::kF32    ? "f32"
            : type == DType::kF64  ? "f64"
            : type == DType::kBF16 ? "bf16"
-                                  : "f16";
+           : type == DType::kF16  ? "f16"
+                                  : "u8";
   };
   return "feedback " + std::to_string(static_cast<int>(s.feedback)) + ", gradient " +
          name(s.gradient) + ", state " + name(s.state) + ", wire " + name(s.wire) + ", r " +
@@ -148,6 +152,8 @@ class BucketInMemory {
         s.key = keys;
         s.pick = picks;
         first += s.rows * spec.sketch_dim;
+        s.units = first;
+        if (spec.wire == DType::kU8) first += s.rows;
         second += s.kept * s.cols;
         keys += s.rows;
         if (s.has_many_rows()) s.large = large++;
@@ -190,8 +196,8 @@ class BucketInMemory {
     if (shares_estimate(spec.feedback)) b.shared = array(numel, spec.state);
     b.first = array(first, work);
     b.second = array(second, spec.wire);
-    b.flags = array(flags, spec.wire);
-    b.flag_type = spec.wire;
+    b.flag_type = spec.wire == DType::kU8 ? work : spec.wire;
+    b.flags = array(flags, b.flag_type);
     b.picks = static_cast<int32_t*>(bytes(picks * 4));
     b.used = static_cast<uint8_t*>(bytes(b.num_segments));
     b.bad = static_cast<uint8_t*>(bytes(b.num_segments));
@@ -281,8 +287,10 @@ class BucketInMemory {
   }
   void* array(int64_t numel, DType type) {
     void* at = bytes(numel * size_of(type));
-    for (int64_t i = 0; i < numel; ++i)
-      set(type, at, i, std::normal_distribution<double>()(random_));
+    for (int64_t i = 0; i < numel; ++i) {
+      const double x = std::normal_distribution<double>()(random_);
+      set(type, at, i, type == DType::kU8 ? 128 + 50 * x : x);
+    }
     return at;
   }
 

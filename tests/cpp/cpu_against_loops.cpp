@@ -76,18 +76,23 @@ std::vector<BucketSpec> specs(FeedbackKind feedback) {
 
 }  // namespace
 
+void for_every_table(const BucketSpec& spec, const Check& check) {
+  std::vector<std::vector<unsigned char>> baseline;
+  for (const cpu::Rows* table : all_tables()) {
+    SCOPED_TRACE(describe(*table, spec));
+    BucketInMemory x(spec);
+    check(cpu::kernels_with(*table), x);
+    if (baseline.empty()) baseline = x.contents();
+    EXPECT_EQ(x.contents(), baseline) << "not the bits of " << all_tables()[0]->isa;
+    if (::testing::Test::HasFailure()) return;
+  }
+}
+
 void for_everything(const Check& check) {
   for (FeedbackKind feedback : kAllFeedback) {
     for (const BucketSpec& spec : specs(feedback)) {
-      std::vector<std::vector<unsigned char>> baseline;
-      for (const cpu::Rows* table : all_tables()) {
-        SCOPED_TRACE(describe(*table, spec));
-        BucketInMemory x(spec);
-        check(cpu::kernels_with(*table), x);
-        if (baseline.empty()) baseline = x.contents();
-        EXPECT_EQ(x.contents(), baseline) << "not the bits of " << all_tables()[0]->isa;
-        if (::testing::Test::HasFailure()) return;
-      }
+      for_every_table(spec, check);
+      if (::testing::Test::HasFailure()) return;
     }
   }
 }

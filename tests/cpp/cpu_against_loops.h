@@ -36,8 +36,9 @@ const cpu::CpuKernels& best();
 
 using Check = std::function<void(const cpu::CpuKernels&, BucketInMemory&)>;
 
-// Runs the check over every feedback, every combination of types and every table; what it leaves in
-// memory must be the same bits for every table.
+// Runs the check with every table; what it leaves in memory must be the same bits for all of them.
+void for_every_table(const BucketSpec& spec, const Check& check);
+// The same over every feedback and every combination of types.
 void for_everything(const Check& check);
 
 // --- the plain loops -----------------------------------------------------------------------------

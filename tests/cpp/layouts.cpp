@@ -34,8 +34,9 @@ enum Contents : uint8_t { kNoise, kZeros, kEndsInNan, kBeginsWithInfinity };
 BucketSpec spec_of(const Layout& layout) {
   BucketSpec spec;
   for (int64_t i = 0; i < layout.count; ++i) {
-    spec.tensors.push_back(
-        {layout.numel[i], layout.cols[i], layout.kept[i], layout.dense_in_first[i] != 0});
+    // Rows alone travel in bytes.
+    const bool first = layout.dense_in_first[i] != 0 || layout.wire == DType::kU8;
+    spec.tensors.push_back({layout.numel[i], layout.cols[i], layout.kept[i], first});
   }
   spec.feedback = layout.feedback;
   spec.gradient = layout.gradient;
@@ -123,12 +124,13 @@ struct CountPicked {
     const Segment& s = b.segments[p.segment];
     if (!s.compressed()) return;
     const cuda::PickRange range = cuda::picks_of(block, b, s, p);
-    cuda::for_picked<kVector>(block, b, s, p, range, [&](int, cuda::Run run, cuda::Run to) {
-      for (int j = 0; j < kVector; ++j) {
-        if (run.has(j)) elements->add(run.index + j);
-        if (to.has(j)) places->add(to.index + j);
-      }
-    });
+    cuda::for_picked<kVector>(block, b, s, p, range,
+                              [&](int, cuda::Run run, cuda::Run to, int64_t) {
+                                for (int j = 0; j < kVector; ++j) {
+                                  if (run.has(j)) elements->add(run.index + j);
+                                  if (to.has(j)) places->add(to.index + j);
+                                }
+                              });
   }
 };
 
@@ -183,7 +185,7 @@ ARC_TOPK_FOR_PYTHON bool arc_topk_compare_steps(const Layout* layout, char* mess
     const auto change = [&](BucketInMemory& x) { fill(*layout, x); };
     const Kernels& kernels = kernels_on(kernels_asked_for());
     sketched_steps(spec, kernels, change);
-    random_step(spec, kernels, change);
+    if (spec.wire != DType::kU8) random_step(spec, kernels, change);
   });
 }
 

@@ -432,6 +432,12 @@ void blended_steps(BucketSpec spec, const race::WatchedKernels& kernels) {
   kernels.blend(x.b);
 }
 
+BucketSpec with_levels(BucketSpec spec) {
+  spec.wire = DType::kU8;
+  for (Tensor& tensor : spec.tensors) tensor.dense_in_first = true;
+  return spec;
+}
+
 using Scenario = std::function<void(const race::WatchedKernels&)>;
 struct Named {
   std::string name;
@@ -459,6 +465,8 @@ std::vector<Named> scenarios() {
       add("Rand-K", random_step);
       add("Top-K", gathered_step);
       add("dense", dense_steps);
+      all.push_back({name + "ARC-Top-K, levels",
+                     [=](const auto& kernels) { sketched_steps(with_levels(spec), kernels); }});
       if (feedback == FeedbackKind::kEF21M) add("blended", blended_steps);
       if (!shares_estimate(feedback)) continue;
       spec.may_be_unused = false;  // only then h itself is handed out

@@ -135,6 +135,34 @@ TEST_P(CudaKernels, AStepIsTheCpus) {
   for_all_specs([&](BucketSpec spec) { testing::sketched_steps(spec, kernels, spoil); });
 }
 
+// Rows as integers, in units that both read off the same payload.
+TEST_P(CudaKernels, AStepOnTheWireOfLevelsIsTheCpus) {
+  const DType types[][2] = {{kF32, kF32}, {kF64, kF64}, {kBF16, kF32}, {kF16, kBF16}};
+  int dim = 1;
+  for (FeedbackKind feedback : kAllFeedback) {
+    for (const auto& [gradient, state] : types) {
+      for (const int world_size : {1, 3, 32}) {
+        BucketSpec spec;
+        for (Tensor tensor : shapes()) {
+          tensor.dense_in_first = true;
+          spec.tensors.push_back(tensor);
+        }
+        spec.feedback = feedback;
+        spec.gradient = gradient;
+        spec.state = state;
+        spec.wire = DType::kU8;
+        spec.world_size = world_size;
+        spec.wire_scale = scale_of_sum(world_size);
+        spec.sketch_dim = dim = dim % 9 + 1;
+        spec.may_be_unused = world_size == 3;
+        spec.loss_scale = world_size == 1 ? 24 : 0;
+        SCOPED_TRACE(describe(spec));
+        ASSERT_NO_THROW(testing::sketched_steps(spec, kernels, spoil));
+      }
+    }
+  }
+}
+
 TEST_P(CudaKernels, ABucketOfOneLargeAndManySmallMatrices) {
   BucketSpec spec;
   spec.tensors = {{5000 * 64, 64, 500}};

@@ -111,8 +111,9 @@ TEST(Plan, WhatATensorCostsDoesNotDependOnItsBucket) {
   const std::vector<Shape> shapes = {matrix(40, 24), vector(7), matrix(96, 1), matrix(33, 70)};
   for (const char* compressor : {"arc_topk", "rand_k", "top_k", "dense"}) {
     for (const DType type : {DType::kF32, DType::kF64, DType::kBF16, DType::kF16}) {
-      for (const int wire : {-1, 0, 2, 3}) {
+      for (const int wire : {-1, 0, 2, 3, 4}) {
         Config config;
+        if (wire == 4 && compressor != std::string("arc_topk")) continue;
         config.compressor = compressor;
         if (wire >= 0) config.wire_dtype = static_cast<DType>(wire);
         int64_t alone = 0;
@@ -144,10 +145,34 @@ TEST(Plan, ADenseBucketIsItsOwnPayload) {
 TEST(Plan, ADenseTensorIsNotRoundedToANarrowerWire) {
   Config config;
   config.wire_dtype = DType::kBF16;
-  EXPECT_EQ(types_for(config, arc_top_k(), DType::kF32).dense, DType::kF32);
-  EXPECT_EQ(types_for(config, arc_top_k(), DType::kBF16).dense, DType::kBF16);
-  EXPECT_EQ(types_for(config, arc_top_k(), DType::kF16).dense, DType::kF32);
-  EXPECT_EQ(types_for(config, rand_k(), DType::kF32).dense, DType::kBF16);  // one payload
+  EXPECT_EQ(types_for(config, arc_top_k(), DType::kF32, 4).dense, DType::kF32);
+  EXPECT_EQ(types_for(config, arc_top_k(), DType::kBF16, 4).dense, DType::kBF16);
+  EXPECT_EQ(types_for(config, arc_top_k(), DType::kF16, 4).dense, DType::kF32);
+  EXPECT_EQ(types_for(config, rand_k(), DType::kF32, 4).dense, DType::kBF16);  // one payload
+}
+
+TEST(Plan, BytesHaveAUnitARowAndBecomeBfloat16ForManyRanks) {
+  Config config;
+  config.ratio = 0.1;
+  config.wire_dtype = DType::kU8;
+  const std::vector<Shape> shapes = {matrix(40, 24), vector(7), matrix(33, 70)};
+  for (const int world_size : {1, 32}) {
+    const Plan plan = plan_of(config, shapes, DType::kF32, world_size);
+    EXPECT_EQ(plan.types.wire, DType::kU8);
+    EXPECT_EQ(plan.types.dense, DType::kF32);
+    std::vector<bool> first(plan.first_numel);
+    EXPECT_TRUE(take(first, plan.flags_at, plan.num_flags));
+    for (const Segment& s : plan.segments) {
+      if (!s.compressed()) {
+        EXPECT_TRUE(s.dense_in_first && take(first, s.packed, s.numel));
+        continue;
+      }
+      EXPECT_TRUE(take(first, s.sketch, s.rows * 4) && take(first, s.units, s.rows));
+    }
+    EXPECT_TRUE(full(first));
+    EXPECT_EQ(plan.wire_bytes, 4 * (2 + 5 * (40 + 33) + 7) + 4 * 24 + 4 * 70);
+  }
+  EXPECT_EQ(plan_of(config, shapes, DType::kF32, 33).types.wire, DType::kBF16);
 }
 
 TEST(Compressor, UnknownNamesAreListed) {

@@ -25,7 +25,7 @@ GOOD: dict[str, list[Any]] = {
     "row_width": [None, 1, 8, 2**31 - 1],
     "eta": [None, 0.1, 1],
     "start_step": [0, 3, 2**62],
-    "wire_dtype": [None, *DTYPES],
+    "wire_dtype": [None, *DTYPES, torch.uint8],
     "state_dtype": [None, torch.float32, torch.bfloat16],
     "seed": [0, 2**64 - 1],
     "check_every": [0, 1, 2**62],

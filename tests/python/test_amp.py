@@ -28,7 +28,15 @@ LAYOUTS = [
     torch.empty(12, 5, 3, 3, device="meta").to(memory_format=torch.channels_last),
 ]
 MATRICES = (0, 2, 3)
+INTEGERS = "arc_topk on an uint8 wire"
 SMALL_BUCKETS = {"bucket_cap_mb": 0.002}
+
+
+def chosen(compressor: str) -> dict[str, Any]:
+    """A compressor by its name, or INTEGERS."""
+    if compressor == INTEGERS:
+        return {"compressor": "arc_topk", "wire_dtype": torch.uint8}
+    return {"compressor": compressor}
 
 
 def spoil(gradient: Tensor) -> None:
@@ -74,12 +82,12 @@ def train(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", [*COMPRESSORS, INTEGERS])
 def test_a_growing_scale_changes_no_bit(ranks: Ranks, compressor: str, dtype: torch.dtype) -> None:
     gradients = random_gradients(LAYOUTS, 2, 5, dtype)
     scales = [0.5, 0.5, 2.0, 4.0, 64.0]
     for feedback, buckets in itertools.product(FEEDBACKS, ({}, SMALL_BUCKETS)):
-        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+        config = {**chosen(compressor), "feedback": feedback, "ratio": 0.2}
         plain = ranks.run(train, gradients, dtype, config, [0.0] * 5, buckets)
         scaled = ranks.run(train, gradients, dtype, config, scales, buckets)
         for rank in range(2):
@@ -154,7 +162,7 @@ OVERFLOWS: dict[str, dict[int, tuple[int, int]]] = {
 
 
 @pytest.mark.parametrize("where", OVERFLOWS)
-@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k", INTEGERS])
 def test_a_skipped_step_loses_nothing(ranks: Ranks, compressor: str, where: str) -> None:
     """EF14: applied + mean residual = the sum of the mean gradients that count.
 
@@ -163,7 +171,7 @@ def test_a_skipped_step_loses_nothing(ranks: Ranks, compressor: str, where: str)
     """
     overflows = OVERFLOWS[where]
     gradients = random_gradients(LAYOUTS, 2, 8, torch.float32)
-    config = {"compressor": compressor, "feedback": "ef14", "ratio": 0.2}
+    config = {**chosen(compressor), "feedback": "ef14", "ratio": 0.2}
     paying = 60 if compressor == "rand_k" else 25
     zeros = [[torch.zeros_like(t, device="cpu") for t in LAYOUTS] for _ in range(2)]
     for native, accumulate in ((True, False), (False, True)):
@@ -333,7 +341,7 @@ def saved_behind_a_skip(
     model = wrap(LAYOUTS, torch.float32, **SMALL_BUCKETS)
     applied = Applied(model.module.tensors)
     scaler = GradScaler(DEVICE, init_scale=64.0)
-    config = {"compressor": compressor, "ratio": 0.2}
+    config = {**chosen(compressor), "ratio": 0.2}
     state = arc_topk.register(model, grad_scaler=scaler, **config)
     for number, step in enumerate(gradients):
         given = copy_to("cpu", step[rank])
@@ -358,7 +366,7 @@ def saved_behind_a_skip(
     return owed
 
 
-@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k", INTEGERS])
 def test_a_checkpoint_behind_a_skipped_step_holds_what_it_gave_back(
     ranks: Ranks, compressor: str
 ) -> None:

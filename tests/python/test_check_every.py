@@ -93,9 +93,12 @@ def flush_on_one(
 
 @pytest.mark.parametrize("scale", [1e-22, 1e-36])  # squares of sketches, or all there is
 @pytest.mark.parametrize("feedback", ["none", "ef14", "ef21", "ef21m"])
-@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
+@pytest.mark.parametrize(
+    ("compressor", "wire"),
+    [("arc_topk", None), ("arc_topk", torch.uint8), ("rand_k", None), ("top_k", None)],
+)
 def test_ranks_that_flush_denormal_numbers_get_the_same_bits(
-    ranks: Ranks, compressor: str, feedback: str, scale: float
+    ranks: Ranks, compressor: str, wire: torch.dtype | None, feedback: str, scale: float
 ) -> None:
     gradients = random_gradients(LAYOUTS, 2, 4, torch.float32)
     for step in gradients:
@@ -103,7 +106,13 @@ def test_ranks_that_flush_denormal_numbers_get_the_same_bits(
             for g in own:
                 assert g is not None
                 g.mul_(scale)
-    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, "check_every": 1}
+    config = {
+        "compressor": compressor,
+        "feedback": feedback,
+        "ratio": 0.2,
+        "check_every": 1,
+        "wire_dtype": wire,
+    }
     outputs = ranks.run(flush_on_one, gradients, config, [1])
     for a, b in zip(*outputs, strict=True):
         assert_same_bits(a, b)
@@ -145,6 +154,7 @@ def test_a_resync_agrees_with_the_oracle(
     [
         ({"wire_dtype": torch.bfloat16}, 32),
         ({"wire_dtype": torch.float16}, 2048),
+        ({"wire_dtype": torch.uint8}, 2048),
         ({"wire_dtype": None}, 512),
         ({"wire_dtype": torch.bfloat16, "resync_every": 0}, 0),
         ({"wire_dtype": None, "resync_every": 7}, 7),

@@ -126,13 +126,15 @@ def run_with_a_stop(
     return straight, stopped, state.metrics()
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize(
+    ("compressor", "wire"), [*((name, None) for name in COMPRESSORS), ("arc_topk", torch.uint8)]
+)
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 def test_training_goes_on_to_the_bit(
-    ranks: Ranks, tmp_path: Path, compressor: str, feedback: str
+    ranks: Ranks, tmp_path: Path, compressor: str, wire: torch.dtype | None, feedback: str
 ) -> None:
     gradients = random_gradients(LAYOUTS, 2, STEPS, torch.float32)
-    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, "wire_dtype": wire}
     for straight, stopped, metrics in ranks.run(
         run_with_a_stop, gradients, config, "by_files", tmp_path
     ):

@@ -38,6 +38,11 @@ import arc_topk
         ({"eta": 2, "feedback": "ef21m"}, ValueError, ["eta", "2", "(0, 1]"]),
         ({"start_step": -1}, ValueError, ["start_step", "-1", "from 0"]),
         ({"wire_dtype": torch.int8}, ValueError, ["wire_dtype", "int8", "bfloat16"]),
+        (
+            {"wire_dtype": torch.uint8, "compressor": "rand_k"},
+            ValueError,
+            ["wire_dtype", "uint8", "'rand_k'", "'arc_topk'"],
+        ),
         ({"state_dtype": torch.float16}, ValueError, ["state_dtype", "float16", "bfloat16"]),
         ({"seed": -1}, ValueError, ["seed", "-1", "from 0"]),
         ({"seed": 2**64}, ValueError, ["seed", str(2**64)]),

@@ -31,7 +31,7 @@ pytestmark = [
 
 # As in C++: csrc/feedback/feedback.h, csrc/kernels/kernels.h, tests/cpp/layouts.cpp.
 FEEDBACKS = {"none": 0, "ef14": 1, "ef21": 2, "ef21m": 3}
-F32, F64, BF16, F16 = range(4)
+F32, F64, BF16, F16, U8 = range(5)
 NOISE, ZEROS, ENDS_IN_NAN, BEGINS_WITH_INFINITY = range(4)
 # Of gradient, state and wire; and what is sent is multiplied by.
 TYPES = [
@@ -41,6 +41,9 @@ TYPES = [
     (F16, F32, F16, 0.25),
     (F32, BF16, BF16, 1.0),
     (BF16, BF16, F32, 1.0),
+    (F32, F32, U8, 0.25),
+    (F64, F64, U8, 0.25),
+    (BF16, F32, U8, 0.25),
 ]
 
 

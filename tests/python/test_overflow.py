@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from model import random_gradients
@@ -17,9 +19,11 @@ COMPRESSORS = ["arc_topk", "rand_k", "top_k"]
 FEEDBACKS = ["none", "ef14", "ef21", "ef21m"]
 
 
-@pytest.mark.parametrize("wire", [None, torch.bfloat16])
 @pytest.mark.parametrize("feedback", FEEDBACKS)
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize(
+    ("compressor", "wire"),
+    [*itertools.product(COMPRESSORS, [None, torch.bfloat16]), ("arc_topk", torch.uint8)],
+)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_finite_mean_whose_sum_overflows(
     pools: Pools, world_size: int, compressor: str, feedback: str, wire: torch.dtype | None
@@ -36,13 +40,17 @@ def test_a_finite_mean_whose_sum_overflows(
     outputs = [step[MATRIX] for step in runs[0].outputs]
     assert all(out is not None and out.isfinite().all() for out in outputs)
     if compressor == "arc_topk" and feedback != "ef21m":
-        torch.testing.assert_close(outputs[STEP][ROW], torch.full((24,), HUGE), rtol=1e-2, atol=0)
+        half_a_unit = 5e-2 if wire == torch.uint8 else 0.0
+        rtol = 1e-2 + half_a_unit
+        torch.testing.assert_close(outputs[STEP][ROW], torch.full((24,), HUGE), rtol=rtol, atol=0)
     if compressor == "top_k" and feedback != "ef21m":  # takes some of the row's elements
         sent = outputs[STEP][ROW] > HUGE / 2
         assert sent.any() and torch.all((outputs[STEP][ROW][sent] / HUGE - 1).abs() < 1e-2)
     if feedback in ("none", "ef14"):  # what was owed has been paid, and all goes on as before
         assert outputs[-1].abs().max() < 1e3
-    if compressor == "arc_topk":
+    # On an uint8 wire what is left of the row comes in a few more steps, of which the largest has
+    # all of the energy: that is one row's against its score, and says nothing.
+    if compressor == "arc_topk" and wire != torch.uint8:
         assert 0 < runs[0].metrics["energy_captured"] < 2
 
 

@@ -11,25 +11,6 @@ inline T mean_factor(const Bucket& b) {
   return static_cast<T>(1.0 / b.wire_scale / b.world_size);
 }
 
-template <class T>
-class SumOfSquares {
- public:
-  void add(const T* x, int64_t n) {
-    constexpr int64_t kWidth = Lanes<double>::kWidth;
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) {
-      const auto xs = load_lanes<double>(x + i);
-      sum_.add_product(xs, xs);
-    }
-    const auto xs = load_some_lanes<double>(x + i, n - i);
-    sum_.add_product(xs, xs);
-  }
-  double value() const { return sum_lanes(sum_); }
-
- private:
-  Lanes<double> sum_{};
-};
-
 inline void fill_zero(void* base, DType type, Range range) {
   const int64_t size = size_of(type);
   std::memset(byte_offset(base, range.begin * size), 0,
@@ -92,16 +73,20 @@ inline double apply(const Bucket& b, const Piece& p) {
   }
   return with_work_type(b, [&]<class T>(T) {
     const bool shared = shares_estimate(b.feedback);
-    const int64_t packed = segment_of(b, p).packed;
+    const Segment& s = segment_of(b, p);
     const T factor = mean_factor<T>(b);
     Buffers<T> buffers;
     SumOfSquares<T> squares;
     Gaps gaps(b, p);
     for_picked(b, p, [&](const Stretches& picked, int64_t at) {
       const int64_t n = picked.numel();
-      const T* sum = load(b.second, b.wire_type, packed + at, n, buffers.g);
       T* mean = buffers.x;
-      for (int64_t i = 0; i < n; ++i) mean[i] = sum[i] * factor;
+      if (sends_levels(b)) {
+        mean_of_levels(b, s, picked, at, mean);
+      } else {
+        const T* sum = load(b.second, b.wire_type, s.packed + at, n, buffers.g);
+        for (int64_t i = 0; i < n; ++i) mean[i] = sum[i] * factor;
+      }
       squares.add(mean, n);
       if (shared) {
         T* h = gather(b.shared, b.state_type, picked, buffers.a);

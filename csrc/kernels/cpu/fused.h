@@ -11,6 +11,7 @@
 
 #include "kernels/cpu/message.h"
 #include "kernels/cpu/sketch.h"
+#include "kernels/levels.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
@@ -89,6 +90,8 @@ inline bool is_fused(const Bucket& b, const Segment& s, bool store_it) {
   constexpr bool kStored = own_states(F::kKind) > 0;
   if (b.gradient_type != kTypeOf<T> || (kStored && b.state_type != kTypeOf<T>)) return false;
   if (b.loss_scale != nullptr) return false;
+  // EF21's message lies nowhere, to be read again for the row's unit.
+  if (sends_levels(b) && F::kKind == FeedbackKind::kEF21) return false;
   return s.cols >= kMinCols && (store_it || !keeps_message(F::kKind));
 }
 

@@ -85,6 +85,7 @@ double read_flag(DType type, const void* flags, int64_t i) {
       return read(float{});
     case DType::kBF16:
       return std::bit_cast<float>(uint32_t{read(uint16_t{})} << 16);
+    case DType::kU8:  // no flag travels in it
     case DType::kF16:
       break;
   }
@@ -115,6 +116,8 @@ void write_flag(DType type, void* flags, int64_t i, double value) {
       return write(static_cast<uint16_t>(infinite ? 0x7F80 : value != 0 ? 0x3F80 : 0));
     case DType::kF16:
       return write(static_cast<uint16_t>(infinite ? 0x7C00 : value != 0 ? 0x3C00 : 0));
+    case DType::kU8:  // no flag travels in it
+      return;
   }
 }
 

@@ -116,4 +116,24 @@ template <class T>
   for (int i = 0; i < 4; ++i) sums[i] = sum_lanes(x[i]);
 }
 
+// Of a run that comes in parts, in double. Parts begin at multiples of the lanes' number.
+template <class T>
+class SumOfSquares {
+ public:
+  void add(const T* x, int64_t n) {
+    constexpr int64_t kWidth = Lanes<double>::kWidth;
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+      const auto xs = load_lanes<double>(x + i);
+      sum_.add_product(xs, xs);
+    }
+    const auto xs = load_some_lanes<double>(x + i, n - i);
+    sum_.add_product(xs, xs);
+  }
+  double value() const { return sum_lanes(sum_); }
+
+ private:
+  Lanes<double> sum_{};
+};
+
 }  // namespace arc_topk::cpu::ARC_TOPK_ISA

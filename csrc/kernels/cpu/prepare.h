@@ -6,6 +6,7 @@
 
 #include "base/random.h"
 #include "kernels/cpu/fused.h"
+#include "kernels/levels.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
@@ -53,6 +54,40 @@ inline bool prepare_chunk(const Bucket& b, const F& feedback, int64_t i, int64_t
   return finite;
 }
 
+// This rank's shares of the rows' units, where the wire has levels: from each row of the message
+// while it lies in a cache.
+template <class T>
+class OwnShares {
+ public:
+  OwnShares(const Bucket& b, const Segment& s, const Piece& p)
+      : levels_(b), to_(static_cast<T*>(b.first) + s.units + p.row_begin) {}
+
+  void row(const T* x, int64_t n) {
+    part(x, n);
+    end(n);
+  }
+  // A longer row comes in parts.
+  void part(const T* x, int64_t n) {
+    if (levels_.used) squares_.add(x, n);
+  }
+  void end(int64_t numel) {
+    if (!levels_.used) return;
+    *to_++ = levels_.own_share(squares_.value(), numel);
+    squares_ = {};
+  }
+  // Of all rows of a range.
+  void rows(const T* x, Range range, int64_t cols) {
+    if (!levels_.used) return;
+    for (int64_t i = range.begin; i < range.end; i += cols)
+      row(x + i, std::min(cols, range.end - i));
+  }
+
+ private:
+  const Levels<T> levels_;
+  T* to_;
+  SumOfSquares<T> squares_;
+};
+
 template <class F, class T>
 inline bool prepare_rows(const Bucket& b, const Piece& p, const F& feedback, const Projection& v,
                          bool store_it) {
@@ -61,9 +96,14 @@ inline bool prepare_rows(const Bucket& b, const Piece& p, const F& feedback, con
   Buffers<T> buffers;
   Sketch<T> sketch(v, b.sketch_dim, s.cols);
   T* sketches = static_cast<T*>(b.first) + s.sketch + p.row_begin * b.sketch_dim;
+  OwnShares<T> shares(b, s, p);
   if constexpr (kRegisterBytes == 64) {
     if (is_fused<F, T>(b, s, store_it)) {
-      return form_and_sketch(b, feedback, sketch, s.cols, range.begin, range.end, sketches);
+      const bool finite =
+          form_and_sketch(b, feedback, sketch, s.cols, range.begin, range.end, sketches);
+      const void* message = keeps_message(F::kKind) ? b.own_a : b.gradient;
+      shares.rows(static_cast<const T*>(message), range, s.cols);
+      return finite;
     }
   }
   bool finite = true;
@@ -76,17 +116,21 @@ inline bool prepare_rows(const Bucket& b, const Piece& p, const F& feedback, con
       finite &= prepare_chunk(b, feedback, i, n, store_it, buffers, x);
       for (int64_t at = 0; at < n; at += s.cols, sketches += b.sketch_dim) {
         sketch.row(x + at, std::min(s.cols, n - at), sketches);
+        shares.row(x + at, std::min(s.cols, n - at));
       }
     }
     return finite;
   }
   for (int64_t row = range.begin; row < range.end; row += s.cols, sketches += b.sketch_dim) {
+    const int64_t end = std::min(row + s.cols, range.end);
     sketch.begin();
-    for_chunks({row, std::min(row + s.cols, range.end)}, [&](int64_t i, int64_t n) {
+    for_chunks({row, end}, [&](int64_t i, int64_t n) {
       finite &= prepare_chunk(b, feedback, i, n, store_it, buffers, x);
       sketch.part(x, i - row, n);
+      shares.part(x, n);
     });
     sketch.end(sketches);
+    shares.end(end - row);
   }
   return finite;
 }

@@ -132,6 +132,7 @@ struct Apply {
 
   Bucket b;
   DenseMean<T> mean;
+  Levels<T> levels;
   T eta;
   T keep;
 
@@ -225,17 +226,15 @@ struct Apply {
     const PickRange range = picks_of(block, b, s, p);
     if (range.first == range.last) return;
     const Array<AnyType> estimate(b.shared, b.state_type);
-    const Array<AnyType> payload(b.second, b.wire_type);
     typename Block::template Each<Squares> squares;
     block.each([&](int t) { squares[t] = {}; });
-    for_picked<kVector>(block, b, s, p, range, [&](int t, Run run, Run from) {
+    for_picked<kVector>(block, b, s, p, range, [&](int t, Run run, Run from, int64_t row) {
       T h[kVector];
       T c[kVector];
       estimate.load(run, h);
-      payload.load(from, c);
+      load_mean(s, row, from, c);
       ARC_TOPK_UNROLL
       for (int j = 0; j < kVector; ++j) {
-        c[j] = c[j] * mean.factor;
         h[j] = h[j] + c[j];
         if (run.has(j))
           squares[t].value[0] += static_cast<double>(c[j]) * static_cast<double>(c[j]);
@@ -268,10 +267,12 @@ struct Apply {
         for (int j = 0; j < kVector; ++j) {
           if (!run.has(j)) continue;
           if (const int k = shared.place[row]; k >= 0) {
-            const T c = mean_of(s, first_pick + k, col);
-            h[j] = has_h ? h[j] + c : c;
+            T c[1];
+            load_mean(s, p.row_begin + row, Run{s.packed + (first_pick + k) * s.cols + col, 0, 1},
+                      c);
+            h[j] = has_h ? h[j] + c[0] : c[0];
             changed = true;
-            squares[t].value[0] += static_cast<double>(c) * static_cast<double>(c);
+            squares[t].value[0] += static_cast<double>(c[0]) * static_cast<double>(c[0]);
           }
           if (++col == cols) {
             col = 0;
@@ -303,10 +304,12 @@ struct Apply {
     return range.first;
   }
 
-  ARC_TOPK_DEVICE T mean_of(const Segment& s, int64_t k, uint32_t col) const {
-    T x[1];
-    Array<AnyType>(b.second, b.wire_type).load(Run{s.packed + k * s.cols + col, 0, 1}, x);
-    return x[0] * mean.factor;
+  // C of a run of a row, which lies at `from` in the payload.
+  template <int kCount>
+  ARC_TOPK_DEVICE void load_mean(const Segment& s, int64_t row, Run from, T (&c)[kCount]) const {
+    if (levels.used) return mean_of_levels(b, s, levels, row, from, c);
+    Array<AnyType>(b.second, b.wire_type).load(from, c);
+    multiply(c, mean.factor);
   }
 };
 

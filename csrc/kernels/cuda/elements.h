@@ -94,8 +94,9 @@ ARC_TOPK_DEVICE void copy_aligned(void* to, const void* from) {
   } else if constexpr (kBytes == 4) {
     *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
   } else {
-    static_assert(kBytes == 2);
-    *static_cast<uint16_t*>(to) = *static_cast<const uint16_t*>(from);
+    using Bits = std::conditional_t<kBytes == 2, uint16_t, uint8_t>;
+    static_assert(kBytes == sizeof(Bits));
+    *static_cast<Bits*>(to) = *static_cast<const Bits*>(from);
   }
 #else
   // As strict as a GPU: a test that gets here with an odd address must fail.

@@ -2,7 +2,7 @@
 // What the outcome demands of the rest of a piece's state comes first.
 #pragma once
 
-#include "kernels/cuda/message.h"
+#include "kernels/cuda/levels.h"
 
 namespace arc_topk::cuda {
 
@@ -22,9 +22,9 @@ ARC_TOPK_DEVICE PickRange picks_of(Block& block, const Bucket& b, const Segment&
           first + count_below(block, most, p.row_end, [&](int64_t k) { return picks[first + k]; })};
 }
 
-// The vectors of a piece's picked rows: f(t, run, to). `run` is what lies within the tensor,
+// The vectors of a piece's picked rows: f(t, run, to, row). `run` is what lies within the tensor,
 // which the last row may leave early; `to` is the vector's place in the payload, where rows are
-// whole.
+// whole; `row` is the segment's row.
 template <int kVector, class Block, class F>
 ARC_TOPK_DEVICE void for_picked(Block& block, const Bucket& b, const Segment& s, const Piece& p,
                                 PickRange range, const F& f) {
@@ -35,10 +35,11 @@ ARC_TOPK_DEVICE void for_picked(Block& block, const Bucket& b, const Segment& s,
   block.each([&](int t) {
     for (auto i = static_cast<uint32_t>(t); i < count; i += Block::kThreads) {
       const int64_t k = range.first + i / each;
-      const int64_t row = s.offset + (b.picks + s.pick)[k] * s.cols;
-      const Run run = run_of<kVector>(row + p.col_begin, row + p.col_end, i % each);
+      const int64_t row = (b.picks + s.pick)[k];
+      const int64_t start = s.offset + row * s.cols;
+      const Run run = run_of<kVector>(start + p.col_begin, start + p.col_end, i % each);
       if (run.first < run.last)
-        f(t, run.before(s.offset + s.numel), run.moved(s.packed + k * s.cols - row));
+        f(t, run.before(s.offset + s.numel), run.moved(s.packed + k * s.cols - start), row);
     }
   });
 }
@@ -61,6 +62,7 @@ struct Pack {
   Bucket b;
   Feedback feedback;
   Wire<T> wire;
+  Levels<T> levels;
   PackMode mode;
   bool has_gathered;
   Gathered gathered;
@@ -139,7 +141,7 @@ struct Pack {
     const State state(b, LossScale<T>(b));
     const Array<AnyType> payload(b.second, b.wire_type);
     const PickRange range = picks_of(block, b, s, p);
-    for_picked<kVector>(block, b, s, p, range, [&](int, Run run, Run to) {
+    for_picked<kVector>(block, b, s, p, range, [&](int, Run run, Run to, int64_t row) {
       Values<T, kVector> e;
       T x[kVector];
       if (kKeeps && prepared) {
@@ -148,13 +150,18 @@ struct Pack {
         state.load(run, e);
       }
       message(feedback, state.a, e, prepared, x);
-      ARC_TOPK_UNROLL
-      for (int j = 0; j < kVector; ++j) x[j] = run.has(j) ? wire.sent(x[j]) : T(0);
-      if (mode != PackMode::kCommit) payload.store(to, x);
+      if (levels.used) {
+        send_levels(b, s, levels, row, run, to, mode != PackMode::kCommit, x);
+      } else {
+        ARC_TOPK_UNROLL
+        for (int j = 0; j < kVector; ++j) x[j] = run.has(j) ? wire.sent(x[j]) : T(0);
+        if (mode != PackMode::kCommit) payload.store(to, x);
+      }
       if (mode == PackMode::kPayload || kStates == 0) return;
       ARC_TOPK_UNROLL
       for (int j = 0; j < kVector; ++j) {
-        const T sent = wire.received(wire.exact ? x[j] : payload.rounded(x[j]));
+        const bool exact = levels.used || wire.exact;
+        const T sent = exact ? x[j] : wire.received(payload.rounded(x[j]));
         T none = 0;
         feedback.sent(sent, e.a[j], kStates > 1 ? e.b[j] : none);
       }
@@ -167,8 +174,12 @@ struct Pack {
   ARC_TOPK_DEVICE void send_zeros(Block& block, const Segment& s) const {
     const Array<AnyType> payload(b.second, b.wire_type);
     for_runs<1>(block, s.packed, s.packed + s.kept * s.cols, [&](Run run) {
-      const T zero[1] = {T(0)};
-      payload.store(run, zero);
+      if (levels.used) {
+        static_cast<uint8_t*>(b.second)[run.index] = levels.byte(T(0));
+      } else {
+        const T zero[1] = {T(0)};
+        payload.store(run, zero);
+      }
     });
   }
 };
@@ -182,6 +193,7 @@ struct Reclaim {
 
   Bucket b;
   T share;
+  Levels<T> levels;
 
   template <class Block>
   ARC_TOPK_DEVICE void operator()(Block& block, Shared&) const {
@@ -192,14 +204,19 @@ struct Reclaim {
     const Array<AnyType> residual(b.own_a, b.state_type);
     const Array<AnyType> payload(b.second, b.wire_type);
     const PickRange range = picks_of(block, b, s, p);
-    for_picked<kVector>(block, b, s, p, range, [&](int, Run run, Run from) {
+    for_picked<kVector>(block, b, s, p, range, [&](int, Run run, Run from, int64_t row) {
       T e[kVector];
       T sent[kVector];
       residual.load(run, e);
-      payload.load(from, sent);
+      if (levels.used) {
+        mean_of_levels(b, s, levels, row, from, sent);
+      } else {
+        payload.load(from, sent);
+        multiply(sent, share);
+      }
       ARC_TOPK_UNROLL
       for (int j = 0; j < kVector; ++j) {
-        const T sum = e[j] + sent[j] * share;
+        const T sum = e[j] + sent[j];
         e[j] = is_finite(residual.rounded(sum)) ? sum : e[j];
       }
       residual.store(run, e);

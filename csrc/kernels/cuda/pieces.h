@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/elements.h"
+#include "kernels/levels.h"
 
 namespace arc_topk::cuda {
 
@@ -81,6 +82,7 @@ struct Scratch {
   uint32_t* bad;
   uint32_t* arrived;  // a piece each: columns of the row beginning there that are through
   void* partial;      // a piece each: sketch_dim sums of a part of a row, in the work type
+  double* squares;    // a piece each: the sum of squares of a part of a row
   uint32_t* above;    // a piece each: keys above the smallest one that is kept, and equal to it
   uint32_t* equal;
   Search* searches;  // a segment of many rows each
@@ -96,6 +98,7 @@ struct Scratch {
     bad = take<uint32_t>(at, b.num_segments);
     arrived = take<uint32_t>(at, parts ? b.num_pieces : 0);
     partial = take<char>(at, parts ? partial_bytes(b) * b.num_pieces : 0);
+    squares = take<double>(at, parts && sends_levels(b) ? b.num_pieces : 0);
     above = take<uint32_t>(at, selects_by_many(b) ? b.num_pieces : 0);
     equal = take<uint32_t>(at, selects_by_many(b) ? b.num_pieces : 0);
     searches = take<Search>(at, selects_by_many(b) ? b.num_large : 0);

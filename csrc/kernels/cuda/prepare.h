@@ -3,10 +3,12 @@
 // A row belongs to a group of lanes: 1 to 32 neighbours that read it together, so that short rows
 // share a warp, or the whole block where it is long. Each lane adds up its products for four
 // columns of V, the group adds up its lanes'. Of a row in several pieces the last block to arrive
-// adds up the parts, in their order.
+// adds up the parts, in their order. A row's own unit (levels.h) is made in one more pass over its
+// message, which then lies in a cache: as a fifth sum it would cost every wire registers.
 #pragma once
 
 #include "kernels/cuda/message.h"
+#include "kernels/levels.h"
 
 namespace arc_topk::cuda {
 
@@ -17,8 +19,10 @@ struct Prepare {
   static constexpr int kColumns = 4;          // of V at a time
   static constexpr int64_t kGroupRow = 1024;  // longer rows are the whole block's
   using FourSums = Sums<T, kColumns>;
+  using Squares = Sums<double, 1>;
   struct Shared {
     FourSums warps[kWarp];
+    Squares squares[kWarp];
     bool last;
   };
 
@@ -27,6 +31,7 @@ struct Prepare {
   Projection v;  // no data: no sketch
   T sketch_scale;
   T wire_scale;
+  Levels<T> levels;
 
   template <class Block>
   ARC_TOPK_DEVICE void operator()(Block& block, Shared& shared) const {
@@ -87,18 +92,18 @@ struct Prepare {
     const int groups = kThreads / width;
 
     for (int64_t first = 0; first < rows; first += groups) {
+      const auto row_of = [&](int t) { return p.row_begin + first + t / width; };
+      const auto range_of_row = [&](int t) {
+        if (v.data == nullptr || part) return all;
+        const int64_t row = row_of(t), start = s.offset + row * s.cols;
+        return Range{start, row < p.row_end ? smaller(start + s.cols, all.end) : start};
+      };
       for (int64_t k = 0; k < dim; k += kColumns) {
         typename Block::template Each<FourSums> sums;
         block.each([&](int t) {
-          const int64_t row = p.row_begin + first + t / width;
-          Range range = all;
-          int64_t start = s.offset + row * s.cols;
-          if (v.data != nullptr && !part) {
-            range = {start, smaller(start + s.cols, all.end)};
-            if (row >= p.row_end) range.end = range.begin;
-          }
+          const int64_t start = s.offset + row_of(t) * s.cols;
           sums[t] = {};
-          finite[t] &= read(range, start, t % width, width, k, stores, scale, sums[t]);
+          finite[t] &= read(range_of_row(t), start, t % width, width, k, stores, scale, sums[t]);
         });
         if (v.data == nullptr) continue;
         if (width == kThreads) {
@@ -107,10 +112,27 @@ struct Prepare {
           block.group_sums(sums, width);
         }
         block.each([&](int t) {
-          const int64_t row = p.row_begin + first + t / width;
-          if (t % width == 0 && row < p.row_end) write(block, s, row, part, k, sums[t]);
+          if (t % width == 0 && row_of(t) < p.row_end) write(block, s, row_of(t), part, k, sums[t]);
         });
       }
+      if (v.data == nullptr || !levels.used) continue;
+      typename Block::template Each<Squares> squares;
+      block.each([&](int t) {
+        squares[t].value[0] = squares_of(range_of_row(t), t % width, width, stores, scale);
+      });
+      if (width == kThreads) {
+        block_sums(block, squares, shared.squares);
+      } else {
+        block.group_sums(squares, width);
+      }
+      block.each([&](int t) {
+        if (t % width != 0 || row_of(t) >= p.row_end) return;
+        if (part) {
+          Scratch(b).squares[block.index()] = squares[t].value[0];
+        } else {
+          write_share(s, row_of(t), squares[t].value[0]);
+        }
+      });
     }
     if (v.data != nullptr && part) add_parts(block, shared, s, p);
     block.each([&](int t) {
@@ -149,6 +171,36 @@ struct Prepare {
       }
     }
     return finite;
+  }
+
+  // A lane's part of a row's sum of squares, from the message as read() has formed it.
+  ARC_TOPK_DEVICE double squares_of(Range row, int lane, int width, bool stores,
+                                    const LossScale<T>& scale) const {
+    const Arrays<Feedback, G, S, T> arrays(b, scale);
+    const int64_t runs = runs_of<kVector>(row.begin, row.end);
+    double sum = 0;
+    for (int64_t i = lane; i < runs; i += width) {
+      const Run run = run_of<kVector>(row.begin, row.end, i);
+      Values<T, kVector> e;
+      T x[kVector];
+      if (stores && keeps_message(Feedback::kKind)) {
+        arrays.a.load(run, x);
+      } else {
+        arrays.load(run, e);
+        form(feedback, arrays.a, e, x);
+      }
+      ARC_TOPK_UNROLL
+      for (int j = 0; j < kVector; ++j) {
+        const auto wide = static_cast<double>(x[j]);
+        if (run.has(j)) sum += wide * wide;
+      }
+    }
+    return sum;
+  }
+
+  ARC_TOPK_DEVICE void write_share(const Segment& s, int64_t row, double squares) const {
+    const int64_t count = smaller(s.cols, s.numel - row * s.cols);
+    (static_cast<T*>(b.first) + s.units)[row] = levels.own_share(squares, count);
   }
 
   // Of a whole vector: four reads with no branch between them. Columns behind the last are read as
@@ -235,6 +287,13 @@ struct Prepare {
         }
         static_cast<T*>(b.first)[s.sketch + p.row_begin * b.sketch_dim + k] = sum * sketch_scale;
       }
+      if (t != 0 || !levels.used) return;
+      double squares = 0;
+      for (int64_t i = first;; ++i) {
+        squares += block.fresh(Scratch(b).squares + i);
+        if (b.pieces[i].col_end == s.cols) break;
+      }
+      write_share(s, p.row_begin, squares);
     });
   }
 

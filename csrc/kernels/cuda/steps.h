@@ -33,7 +33,8 @@ class Steps : public Kernels {
 
   void reclaim(const Bucket& b) const override {
     with_work_type(b, [&]<class T>(T) {
-      launch(b, "reclaim", Reclaim<T>{b, static_cast<T>(share_of_sent(b))}, b.num_pieces);
+      const Reclaim<T> body{b, static_cast<T>(share_of_sent(b)), Levels<T>(b)};
+      launch(b, "reclaim", body, b.num_pieces);
     });
   }
 
@@ -153,7 +154,7 @@ class Steps : public Kernels {
     const T sketch_scale = static_cast<T>(1 / std::sqrt(static_cast<T>(b.sketch_dim)));
     launch(b, "prepare",
            Prepare<Feedback, G, S, T>{b, feedback, v != nullptr ? *v : none, sketch_scale,
-                                      static_cast<T>(b.wire_scale)},
+                                      static_cast<T>(b.wire_scale), Levels<T>(b)},
            b.num_pieces);
   }
 
@@ -161,7 +162,7 @@ class Steps : public Kernels {
     const Gathered none{};
     with_feedback(b, [&]<class Feedback, class T>(const Feedback& feedback, T) {
       launch(b, "pack",
-             Pack<Feedback, T>{b, feedback, Wire<T>(b), mode, gathered != nullptr,
+             Pack<Feedback, T>{b, feedback, Wire<T>(b), Levels<T>(b), mode, gathered != nullptr,
                                gathered != nullptr ? *gathered : none},
              b.num_pieces);
     });
@@ -171,7 +172,7 @@ class Steps : public Kernels {
   void apply_with(const Bucket& b, const DenseMean<T>& mean, bool reduced) const {
     if (shares_estimate(b.feedback) && has_dense(b))
       launch(b, "mark_dense", MarkDense<T>{b, mean}, b.num_pieces);
-    const Apply<T> body{b, mean, static_cast<T>(b.eta), static_cast<T>(1 - b.eta)};
+    const Apply<T> body{b, mean, Levels<T>(b), static_cast<T>(b.eta), static_cast<T>(1 - b.eta)};
     if (reduced) {
       launch(b, "apply", body, b.num_pieces);
     } else {
