@@ -144,6 +144,14 @@ void set_flags(const Bucket& b) {
 }
 
 namespace {
+// What the sum over ranks makes of bytes, where all have sent the same. (Zeros are not sent as 0.)
+void sum_bytes(const CudaBucket& x) {
+  if (x.b.wire_type != DType::kU8) return;
+  auto* bytes = static_cast<uint8_t*>(x.b.second);
+  for (int64_t i = 0; i < x.second_numel; ++i)
+    bytes[i] = static_cast<uint8_t>(bytes[i] * x.b.world_size);
+}
+
 void one_sketched_step(const BucketSpec& spec, const Kernels& kernels, Pair& x) {
   const Projection host_v = x.host_v();
   cpu_kernels().prepare(x.host.b, &host_v);
@@ -167,7 +175,10 @@ void one_sketched_step(const BucketSpec& spec, const Kernels& kernels, Pair& x) 
   x.expect_same_state("pack");
   x.expect_same_second("pack");
 
-  x.both([](const Kernels& its, CudaBucket& bucket) { its.apply(bucket.b, nullptr); });
+  x.both([](const Kernels& its, CudaBucket& bucket) {
+    sum_bytes(bucket);
+    its.apply(bucket.b, nullptr);
+  });
   x.expect_same_state("apply");
   x.expect_same_result("apply");
   x.expect_close_energy("apply");
