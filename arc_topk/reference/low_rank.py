@@ -56,7 +56,8 @@ def unit_columns(r: Tensor) -> Tensor:
     largest = r.abs().amax(dim=0)
     usable = largest.isfinite() & (largest > 0)
     scaled = torch.where(usable, r / torch.where(usable, largest, 1.0), 0.0)
-    return (scaled / scaled.norm(dim=0).clamp_min(1.0)).float()
+    w: Tensor = scaled / scaled.norm(dim=0).clamp_min(1.0)
+    return w.float()
 
 
 def drawn(w: Tensor, seed: int, step: int, stream: int) -> Tensor:

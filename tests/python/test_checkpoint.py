@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks, message_of
-from test_engine import COMPRESSORS, FEEDBACKS, LAYOUTS, assert_same_bits
+from test_engine import CHOICES, LAYOUTS, assert_same_bits
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -126,8 +126,7 @@ def run_with_a_stop(
     return straight, stopped, state.metrics()
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
-@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize(("compressor", "feedback"), CHOICES)
 def test_training_goes_on_to_the_bit(
     ranks: Ranks, tmp_path: Path, compressor: str, feedback: str
 ) -> None:
