@@ -15,6 +15,7 @@ class Config:
         compressor: str,
         feedback: str,
         ratio: float,
+        rank: int | None,
         sketch_dim: int,
         row_width: int | None,
         eta: float,
@@ -30,8 +31,13 @@ class Config:
     compress_without_gain: bool
     """For tests alone: compress where plain averaging would send fewer bytes, as at ratio 1."""
 
-Parts = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, bool]
-"""A parameter's error feedback: own_a, own_b, shared, of its shape on the CPU; EF21: started."""
+Parts = tuple[
+    torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, bool
+]
+"""A parameter's error feedback: own_a, own_b, shared, of its shape; basis; EF21: started.
+
+All on the CPU. The basis is low rank's W^T, [k, n], of the parameter's m x n matrix.
+"""
 
 class Exchange:
     """The engine of one list of parameters: its error feedback and the thread of its collectives.
@@ -121,8 +127,8 @@ class Exchange:
 def register_comm_hook(reducer: Reducer, exchange: Exchange) -> None:
     """Registers the native hook on a DDP reducer. Once per reducer, before its first backward."""
 
-def parts_of(config: Config, compressed: bool) -> tuple[int, bool]:
-    """How many own parts, and whether a shared one, the error feedback of a tensor has."""
+def parts_of(config: Config, compressed: bool) -> tuple[int, bool, bool]:
+    """How many own parts, whether a shared one, and whether a basis a tensor has."""
 
 def describe(
     config: Config,

@@ -14,7 +14,7 @@ import torch
 
 from arc_topk import _C
 
-COMPRESSORS = ("arc_topk", "dense", "rand_k", "top_k")
+COMPRESSORS = ("arc_topk", "dense", "low_rank", "rand_k", "top_k")
 FEEDBACKS = ("ef14", "ef21", "ef21m", "none")
 WIRE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -26,12 +26,18 @@ class Config:
     """How gradients are averaged. Ranks must agree: a difference is an error on every rank.
 
     Attributes:
-        compressor: ``"arc_topk"`` (arXiv 2510.26709), ``"top_k"``, ``"rand_k"`` or ``"dense"``.
+        compressor: ``"arc_topk"`` (arXiv 2510.26709), ``"low_rank"`` (PowerSGD's form: Vogels,
+            Karimireddy, Jaggi, NeurIPS 2019; CPU only), ``"top_k"``, ``"rand_k"`` or ``"dense"``.
         feedback: ``"ef14"``, ``"ef21"``, ``"ef21m"`` (the paper's, EF21-SGDM of Fatkhullin et al.,
             NeurIPS 2023) or ``"none"``. EF14 is the default because it reached lower losses at
             equal bytes in every trial of ours, with half of EF21M's state: docs/algorithm.md.
+            Low rank takes ``"ef14"`` or ``"none"`` only.
         ratio: kept share of a matrix's rows (Top-K: of its elements), in (0, 1]. The share of
             *bytes* is larger by the sketch and the tensors that stay dense: see ``State.plan()``.
+            Low rank: share of a matrix's bytes that its two factors may take, one column at least.
+        rank: low rank's k, the columns of its factors, 1 or more, the same for every matrix (at
+            most min(m, n)); None: by ``ratio``. A step costs about ``6 d k`` multiplications and as
+            many additions for d elements: docs/algorithm.md says up to which k they cost nothing.
         sketch_dim: r, the columns of the sketch, from 1 to 64. A sketch costs ``4 r`` bytes a row.
         row_width: None keeps whole rows (dimension 0 against the rest). An integer c keeps runs of
             c elements, and then compresses 1-D tensors too. Rand-K over single elements: 1.
@@ -44,8 +50,8 @@ class Config:
             above 32 ranks bfloat16 takes their place (docs/algorithm.md).
         state_dtype: what error feedback is kept in: None or ``torch.float32``, or
             ``torch.bfloat16``. float64 gradients always keep float64 state.
-        seed: of the random projection V and of Rand-K's draw, in [0, 2**64). torch's own generators
-            are not touched.
+        seed: of the random projection V, of Rand-K's draw and of low rank's first basis, in
+            [0, 2**64). torch's own generators are not touched.
         spike_limit: a number above 1, or None. Each rank scales a bucket's gradients down, before
             anything else is done with them, to at most so many times their running norm: error
             feedback would keep a spike and hand it out over many steps. 3 is what was measured;
@@ -68,6 +74,7 @@ class Config:
     compressor: str = "arc_topk"
     feedback: str = "ef14"
     ratio: float = 0.1
+    rank: int | None = None
     sketch_dim: int = 4
     row_width: int | None = None
     eta: float | None = None
@@ -82,7 +89,19 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("compressor", self.compressor, COMPRESSORS)
         _one_of("feedback", self.feedback, FEEDBACKS)
+        if self.compressor == "low_rank" and self.feedback not in ("ef14", "none"):
+            raise ValueError(
+                f"feedback is '{self.feedback}' with compressor='low_rank', which has no such "
+                "form; expected 'ef14' (the default) or 'none'"
+            )
         self._take("ratio", _share("ratio", self.ratio))
+        if self.rank is not None:
+            self._take("rank", _integer("rank", self.rank, 1, 2**31 - 1))
+            if self.compressor != "low_rank":
+                raise ValueError(
+                    f"rank is {self.rank} with compressor='{self.compressor}'; only compressor="
+                    "'low_rank' has one: leave rank out, or choose compressor='low_rank'"
+                )
         self._take("sketch_dim", _integer("sketch_dim", self.sketch_dim, 1, 64))
         if self.row_width is not None:
             self._take("row_width", _integer("row_width", self.row_width, 1, 2**31 - 1))
@@ -128,6 +147,7 @@ class Fields(TypedDict, total=False):
     compressor: str
     feedback: str
     ratio: float
+    rank: int | None
     sketch_dim: int
     row_width: int | None
     eta: float | None

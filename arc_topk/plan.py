@@ -20,10 +20,11 @@ class PlanRow:
         shape: of the parameter.
         dtype: of the gradient.
         view: (m, n), the matrix it is seen as; None for a tensor that stays dense.
-        kept: K, rows of that matrix sent a step; None for a tensor that stays dense.
+        kept: K, rows of that matrix sent a step, or columns of low rank's two factors; None for a
+            tensor that stays dense.
         wire_bytes: bytes a rank hands to the collectives for it, a step.
         dense_bytes: what plain averaging would hand over.
-        state_bytes: memory of its error feedback on each rank.
+        state_bytes: memory of its error feedback on each rank, and of low rank's factors.
         why_dense: why it is not compressed; empty if it is.
         resync_every: steps from one resync to the next (`Config.resync_every`); 0: there is none.
         resync_bytes: bytes a rank hands to the collectives for it in such a step, on top.

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import BASELINES, COMPRESSORS, POWERSGD_RANK, contestants_of, make_contestant
+from contestants import BASELINES, COLUMNS, COMPRESSORS, contestants_of, make_contestant
 from floor import Stream
 from report import hook_table, legend, machine, ranks_table
 from rich.console import Console
@@ -75,8 +75,14 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         choices=BASELINES,
         default=list(BASELINES),
-        help=f"python: ARC-Top-K of torch operations; powersgd: torch's, rank {POWERSGD_RANK}, one "
-        "rank only. Give none to leave both out",
+        help="python: ARC-Top-K of torch operations; powersgd: torch's, one rank only. Give none "
+        "to leave both out",
+    )
+    p.add_argument(
+        "--columns",
+        type=int,
+        default=COLUMNS,
+        help=f"k of low_rank and powersgd, whatever the ratio; default {COLUMNS}",
     )
     p.add_argument(
         "--threads", type=int, nargs="+", help=f"of torch, a rank; default {[1, 2][:cores]}, or 1"
@@ -97,7 +103,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Arguments, checked, with their defaults."""
     p = parser()
     args = p.parse_args(arguments)
-    for name in ("numel", "ranks", "repeat"):
+    for name in ("numel", "ranks", "repeat", "columns"):
         value = getattr(args, name)
         if value is not None and value < 1:
             p.error(f"--{name} is {value}; expected at least 1")
@@ -178,8 +184,8 @@ def compete(args: argparse.Namespace, workload: Workload, console: Console) -> l
             torch.set_num_threads(setting["threads"])
             stream = Stream(workload.numel) if args.ranks == 1 else None
             contestants = [
-                make_contestant(name, workload, setting["feedback"], setting["ratio"])
-                for name in contestants_of(args)
+                make_contestant(name, workload, setting["feedback"], setting["ratio"], args.columns)
+                for name in contestants_of(args, setting["feedback"])
             ]
             measure(args, workload, contestants, stream, lambda: progress.advance(task))
             rows = results_of(contestants, workload, setting)

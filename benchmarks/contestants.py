@@ -19,9 +19,9 @@ import arc_topk
 
 Hook = Callable[[Any, dist.GradBucket], torch.futures.Future[Any]]
 
-COMPRESSORS = ("arc_topk", "rand_k", "top_k", "dense")
+COMPRESSORS = ("arc_topk", "low_rank", "rand_k", "top_k", "dense")
 BASELINES = ("python", "powersgd")
-POWERSGD_RANK = 4
+COLUMNS = 4  # of the factors of low rank and of PowerSGD
 
 
 @dataclass
@@ -59,7 +59,9 @@ def tensor_of(value: Any) -> Tensor:
     return tensor
 
 
-def make_contestant(name: str, workload: Workload, feedback: str, ratio: float) -> Contestant:
+def make_contestant(
+    name: str, workload: Workload, feedback: str, ratio: float, columns: int = COLUMNS
+) -> Contestant:
     """The hook called ``name``, without any state yet."""
     if name == "DDP":
         return Contestant(name, allreduce_hook, dist.group.WORLD)
@@ -69,19 +71,24 @@ def make_contestant(name: str, workload: Workload, feedback: str, ratio: float) 
         # Only on one rank: it issues collectives from callbacks, which may run in another order on
         # another rank, and Gloo, which pairs collectives by order, then aborts.
         state = PowerSGDState(
-            dist.group.WORLD, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=2
+            dist.group.WORLD, matrix_approximation_rank=columns, start_powerSGD_iter=2
         )
         return Contestant(name, powerSGD_hook, state)
     # Dense stands for plain averaging, whatever the others remember.
     config = arc_topk.Config(
-        compressor=name, feedback="none" if name == "dense" else feedback, ratio=ratio
+        compressor=name,
+        feedback="none" if name == "dense" else feedback,
+        ratio=ratio,
+        rank=columns if name == "low_rank" else None,
     )
     return Contestant(name, arc_topk.arc_topk_hook, arc_topk.State(config).bind(workload.ddp))
 
 
-def contestants_of(args: argparse.Namespace, verified: bool = False) -> list[str]:
+def contestants_of(args: argparse.Namespace, feedback: str, verified: bool = False) -> list[str]:
     """Names in the order in which they take turns; ``verified``: without those of torch's own."""
     names = [*args.compressors, *args.baselines]
+    if feedback not in ("ef14", "none"):
+        names = [name for name in names if name != "low_rank"]
     if args.ranks > 1:
         names = ["DDP", *(name for name in names if name != "powersgd")]
     return [n for n in names if n not in ("DDP", "powersgd")] if verified else names

@@ -7,6 +7,7 @@ import time
 import torch
 
 from arc_topk import Config, Plan
+from arc_topk.plan import PlanRow
 
 # Bytes that error feedback cannot do without, as multiples of (gradient's bytes, state's bytes):
 # first for each element, then for each kept one on top, where writing and reading the payload comes
@@ -51,6 +52,9 @@ def floor_bytes(plan: Plan, config: Config) -> int:
         if row.view is None or row.kept is None:  # g into a payload, the mean out of it
             total += numel * 4 * gradient
             continue
+        if config.compressor == "low_rank":
+            total += low_rank_bytes(row, gradient, state if config.feedback == "ef14" else 0, wire)
+            continue
         index = 4 if config.compressor == "top_k" else 0
         total += numel * (each[0] * gradient + each[1] * state)
         total += (
@@ -59,6 +63,22 @@ def floor_bytes(plan: Plan, config: Config) -> int:
         if config.feedback in ("ef21", "ef21m") and state != gradient:
             total += numel * (state + gradient)  # the estimate, converted into DDP's bucket
     return total
+
+
+def low_rank_bytes(row: PlanRow, gradient: int, state: int, wire: int) -> int:
+    """Of one matrix under EF14; without feedback (no state) the gradient is read twice.
+
+    g is read, X_i read and written while the residual is formed and multiplied with W; X_i is read
+    for X_i^T P^; the result is written. P is written, read, and P^ written and read three times
+    (with X_i, with R, and for the residual); R_i and R are written and read, R_i and W once more.
+    """
+    assert row.view is not None and row.kept is not None
+    m, n = row.view
+    work = 8 if row.dtype == torch.float64 else 4
+    factors = row.kept * (6 * work * m + 2 * wire * n + 6 * work * n)
+    numel = row.dense_bytes // gradient
+    each = 2 * gradient + 3 * state if state else 3 * gradient
+    return numel * each + factors
 
 
 class Stream:

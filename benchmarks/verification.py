@@ -40,6 +40,7 @@ def verify_against_oracle(contestant: Contestant, workload: Workload, steps: int
         compressor=config.compressor,
         feedback=config.feedback,
         ratio=config.ratio,
+        rank=config.rank,
     )
     gradients = [workload.gradients(rank) for rank in range(ranks)]
     for step in range(steps):
@@ -138,12 +139,13 @@ def verify(args: argparse.Namespace, workload: Workload, small: Workload) -> Non
     sized = workload if args.ranks == 1 else small
     for feedback in args.feedback:
         for ratio in args.ratios:
-            for name in contestants_of(args, verified=True):
-                fresh = make_contestant(name, small, feedback, ratio)
+            for name in contestants_of(args, feedback, verified=True):
+                fresh = make_contestant(name, small, feedback, ratio, args.columns)
                 if name != "python":
                     verify_against_oracle(fresh, small)
-                # Top-K's ranks keep elements of their own, so that no K rows stand out; dense all.
-                if name == "dense" or (name == "top_k" and args.ranks > 1):
+                # Top-K's ranks keep elements of their own, so that no K rows stand out; dense and
+                # low rank send something of all.
+                if name in ("dense", "low_rank") or (name == "top_k" and args.ranks > 1):
                     continue
                 fresh = make_contestant(name, sized, feedback, ratio)
                 verify_kept_rows(fresh, sized, feedback, ratio)

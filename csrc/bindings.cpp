@@ -32,8 +32,9 @@ std::optional<DType> optional_type(const std::optional<at::ScalarType>& type,
 }
 
 Config make_config(std::string compressor, const std::string& feedback, double ratio,
-                   int64_t sketch_dim, std::optional<int64_t> row_width, double eta,
-                   int64_t start_step, std::optional<at::ScalarType> wire_dtype,
+                   std::optional<int64_t> rank, int64_t sketch_dim,
+                   std::optional<int64_t> row_width, double eta, int64_t start_step,
+                   std::optional<at::ScalarType> wire_dtype,
                    std::optional<at::ScalarType> state_dtype, uint64_t seed,
                    std::optional<double> spike_limit, int64_t check_every,
                    std::optional<int64_t> resync_every) {
@@ -41,6 +42,7 @@ Config make_config(std::string compressor, const std::string& feedback, double r
   return {std::move(compressor),
           feedback_named(feedback),
           ratio,
+          rank,
           sketch_dim,
           row_width,
           eta,
@@ -84,31 +86,32 @@ py::dict as_dict(const Metrics& m) {
   return dict;
 }
 
-// A parameter's error feedback as Python has it: own_a, own_b, shared, started.
+// A parameter's error feedback as Python has it: own_a, own_b, shared, basis, started.
 using Part = std::optional<at::Tensor>;
-using Parts = std::tuple<Part, Part, Part, bool>;
+using Parts = std::tuple<Part, Part, Part, Part, bool>;
 
 Part part(const at::Tensor& tensor) { return tensor.defined() ? Part(tensor) : std::nullopt; }
 
 py::tuple parts(const std::string& name, const std::optional<Kept>& kept) {
   if (!kept) return py::make_tuple(name, py::none());
-  return py::make_tuple(
-      name, Parts(part(kept->own_a), part(kept->own_b), part(kept->shared), kept->started));
+  return py::make_tuple(name, Parts(part(kept->own_a), part(kept->own_b), part(kept->shared),
+                                    part(kept->basis), kept->started));
 }
 
 std::optional<Kept> kept_of(const std::optional<Parts>& parts) {
   if (!parts) return std::nullopt;
-  const auto& [own_a, own_b, shared, started] = *parts;
+  const auto& [own_a, own_b, shared, basis, started] = *parts;
   return Kept{own_a.value_or(at::Tensor()), own_b.value_or(at::Tensor()),
-              shared.value_or(at::Tensor()), started};
+              shared.value_or(at::Tensor()), basis.value_or(at::Tensor()), started};
 }
 
-// How many own parts, and whether a shared one, a tensor has.
+// How many own parts, and whether a shared one and a basis, a tensor has.
 py::tuple parts_of(const Config& config, bool compressed) {
   const int own = compressed ? own_states(config.feedback) : 0;
   const bool shared =
       shares_estimate(config.feedback) && (compressed || has_momentum(config.feedback));
-  return py::make_tuple(own, shared);
+  const bool basis = compressed && compressor_named(config.compressor).factorises();
+  return py::make_tuple(own, shared, basis);
 }
 
 // What make_plan() would decide of one tensor: (rows, cols, kept, wire, dense, state bytes,
@@ -135,9 +138,9 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<Config>(module, "Config")
       .def(py::init(&make_config), py::kw_only(), py::arg("compressor"), py::arg("feedback"),
-           py::arg("ratio"), py::arg("sketch_dim"), py::arg("row_width"), py::arg("eta"),
-           py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"), py::arg("seed"),
-           py::arg("spike_limit"), py::arg("check_every"), py::arg("resync_every"))
+           py::arg("ratio"), py::arg("rank"), py::arg("sketch_dim"), py::arg("row_width"),
+           py::arg("eta"), py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"),
+           py::arg("seed"), py::arg("spike_limit"), py::arg("check_every"), py::arg("resync_every"))
       .def_readwrite("compress_without_gain", &Config::compress_without_gain);
 
   using Group = c10::intrusive_ptr<c10d::ProcessGroup>;

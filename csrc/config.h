@@ -14,6 +14,7 @@ struct Config {
   std::string compressor = "arc_topk";
   FeedbackKind feedback = FeedbackKind::kEF14;
   double ratio = 0.1;
+  std::optional<int64_t> rank;  // low rank: k of every matrix; none: by the ratio
   int64_t sketch_dim = 4;
   std::optional<int64_t> row_width;
   double eta = 0.1;

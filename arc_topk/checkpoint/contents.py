@@ -4,11 +4,12 @@ A dict of plain tensors and one string, so that whatever saves dicts can save it
 
     {"meta": JSON: format, id, config, world_size, steps, compressed_steps, parameters, started
      "shared": {name: h}                                    EF21, EF21M
-     "own": {"rank_3": {name: {"a": ..., "b": ...}}}}       of the ranks whose parts are in it
+     "own": {"rank_3": {name: {"a": ..., "b": ...}}},       of the ranks whose parts are in it
+     "basis": {name: W^T}}                                  low rank alone
 
 "a" and "b" are docs/algorithm.md's own parts (EF14: e_i; EF21: h_i; EF21M: v_i - h_i and h_i), each
-of its parameter's shape. Parameters go by name, ranks by the key: torch.distributed.checkpoint
-takes equal keys of different ranks for copies of one tensor.
+of its parameter's shape. W^T is [k, n], the same on all ranks. Parameters go by name, ranks by the
+key: torch.distributed.checkpoint takes equal keys of different ranks for copies of one tensor.
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ from arc_topk.config import Config
 FORMAT = 1
 StateDict = dict[str, Any]
 OwnParts = dict[str, dict[str, torch.Tensor]]  # by parameter, then "a" and "b"
+
+
+def zeros_of(config: Config, tensor: torch.Tensor) -> torch.Tensor:
+    """A part of a parameter with nothing in it: of its shape, in the state's type."""
+    wide = tensor.dtype == torch.float64
+    dtype = torch.float64 if wide else config.state_dtype or torch.float32
+    return torch.zeros(tensor.shape, dtype=dtype)
 
 
 def meta_text(
@@ -53,7 +61,8 @@ def meta_text(
 def empty(config: Config) -> StateDict:
     """The checkpoint of a State that has no parameters yet."""
     meta = meta_text(config, uuid.uuid4().hex, 1, 0, 0, {}, [])
-    return {"meta": meta, "shared": {}, "own": {"rank_0": {}}}
+    bare: StateDict = {"meta": meta, "shared": {}, "own": {"rank_0": {}}}
+    return bare | ({"basis": {}} if config.compressor == "low_rank" else {})
 
 
 def meta_of(state_dict: StateDict) -> dict[str, Any]:
@@ -75,7 +84,8 @@ def meta_of(state_dict: StateDict) -> dict[str, Any]:
             "arc-topk that saved it"
         )
     _check("meta", meta, _META)
-    _check("shared", state_dict["shared"], {str: torch.Tensor})
+    for part in ("shared", "basis"):
+        _check(part, state_dict.get(part, {}), {str: torch.Tensor})
     _check("own", state_dict["own"], {str: {str: {str: torch.Tensor}}})
     return dict(meta)
 

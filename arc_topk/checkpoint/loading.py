@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from arc_topk import _C
-from arc_topk.checkpoint.contents import StateDict, meta_of
+from arc_topk.checkpoint.contents import StateDict, meta_of, zeros_of
 from arc_topk.checkpoint.holder import Holder
 from arc_topk.plan import make_plan
 
@@ -66,8 +66,9 @@ def load(holder: Holder, state_dict: StateDict, drop_residuals: bool) -> Loaded:
     if meta["world_size"] != holder.group.size():
         _warn_of_other_ranks(holder, meta, drop_residuals)
     shared = hashlib.sha256()
-    for name in sorted(state_dict["shared"]):
-        shared.update(_bytes_of(state_dict["shared"][name]))
+    for alike in (state_dict["shared"], state_dict.get("basis", {})):
+        for name in sorted(alike):
+            shared.update(_bytes_of(alike[name]))
     facts = {
         "the checkpoint": f"{meta['id']}, of step {meta['steps']}",
         "the shared part of the checkpoint": shared.hexdigest(),
@@ -133,6 +134,7 @@ class _Taker:
     ) -> None:
         self._holder = holder
         self._shared: Mapping[str, torch.Tensor] = state_dict["shared"]
+        self._bases: Mapping[str, torch.Tensor] = state_dict.get("basis", {})
         self._own: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]] = state_dict["own"]
         self._started = set(meta["started"])
         old, new, rank = meta["world_size"], holder.group.size(), holder.group.rank()
@@ -153,10 +155,14 @@ class _Taker:
 
     def parts_of(self, name: str, tensor: torch.Tensor) -> _C.Parts | None:
         """What `_C.Exchange.restore` wants of a parameter."""
-        if name not in self._shared and not any(name in parts for parts in self._own.values()):
+        basis = self._bases.get(name)
+        if basis is not None:
+            _check_basis(name, basis)
+        saved = [self._shared, self._bases, *self._own.values()]
+        if not any(name in parts for parts in saved):
             return None
         row = make_plan(self._holder.config, [(name, tensor)], self._holder.group.size()).rows[0]
-        own, has_shared = _C.parts_of(self._holder.config.native(), row.kept is not None)
+        own, has_shared, _ = _C.parts_of(self._holder.config.native(), row.kept is not None)
         shared = self._shared.get(name)
         if shared is not None:
             _check_part(name, "shared", shared, tensor)
@@ -170,12 +176,15 @@ class _Taker:
                 f"({row.why_dense}); expected a configuration with which it stays compressed: its "
                 "error feedback would be lost. Load with drop_residuals=True to do without"
             )
-        if a is None and shared is None:
+        if a is None and own > 0 and basis is not None:  # nothing is owed, but there is a basis
+            a = zeros_of(self._holder.config, tensor)
+        if a is None and shared is None and basis is None:
             return None
         return (
             a,
             b,
             shared if has_shared or not tensor.requires_grad else None,
+            basis,
             (name in self._started),
         )
 
@@ -207,6 +216,17 @@ class _Taker:
             .sum(0)
             .mul(self._scale)
             .to(parts[0].dtype)
+        )
+
+
+def _check_basis(name: str, basis: torch.Tensor) -> None:
+    """Of any number of columns: as many as fit are taken."""
+    usable = basis.layout == torch.strided and basis.dtype == torch.float32 and not basis.is_meta
+    if not usable or basis.dim() != 2 or not basis.isfinite().all():
+        raise ValueError(
+            f"arc_topk: the basis of parameter '{name}' is a tensor of {basis.dtype}, "
+            f"{basis.layout}, shape {list(basis.shape)} in the checkpoint; expected finite float32 "
+            "numbers, [k, n]: the checkpoint is damaged"
         )
 
 

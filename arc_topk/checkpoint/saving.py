@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from arc_topk import _C
-from arc_topk.checkpoint.contents import OwnParts, StateDict, meta_text
+from arc_topk.checkpoint.contents import OwnParts, StateDict, meta_text, zeros_of
 from arc_topk.checkpoint.holder import Holder
 from arc_topk.groups import current
 from arc_topk.plan import make_plan
@@ -23,19 +23,22 @@ def collect(engine: _C.Exchange, holder: Holder, call: str, gather: bool) -> Sta
     except Exception as found:  # whatever it is: the other ranks must learn of it
         error = found
     slots, steps, compressed_steps = snapshot
-    started = [name for name, parts in slots if parts is not None and parts[3]]
+    started = [name for name, parts in slots if parts is not None and parts[4]]
     facts = {"the number of steps": str(steps), "what EF21 has started": str(started)}
     holder.agree(call, error, facts)
 
     own: OwnParts = {}
     shared: dict[str, torch.Tensor] = {}
+    bases: dict[str, torch.Tensor] = {}
     for (name, parts), (_, tensor) in zip(slots, holder.tensors, strict=True):
-        a, b, h, _ = parts if parts is not None else _fresh_parts(holder, name, tensor)
+        a, b, h, basis, _ = parts if parts is not None else _fresh_parts(holder, name, tensor)
         own_parts = {key: part for key, part in (("a", a), ("b", b)) if part is not None}
         if own_parts:
             own[name] = own_parts
         if h is not None:
             shared[name] = h
+        if basis is not None:
+            bases[name] = basis
     meta = meta_text(
         holder.config,
         _same_everywhere(holder, uuid.uuid4().hex),
@@ -47,7 +50,8 @@ def collect(engine: _C.Exchange, holder: Holder, call: str, gather: bool) -> Sta
     )
     ranks = _gathered(holder, own) if gather else {holder.group.rank(): own}
     named = {f"rank_{rank}": parts for rank, parts in ranks.items()}
-    return {"meta": meta, "shared": shared, "own": named}
+    saved: StateDict = {"meta": meta, "shared": shared, "own": named}
+    return saved | ({"basis": bases} if holder.config.compressor == "low_rank" else {})
 
 
 def _fresh_parts(holder: Holder, name: str, tensor: torch.Tensor) -> _C.Parts:
@@ -56,16 +60,17 @@ def _fresh_parts(holder: Holder, name: str, tensor: torch.Tensor) -> _C.Parts:
     Who loads by keys (torch.distributed.checkpoint) reads into the fresh State's.
     """
     if not tensor.requires_grad:
-        return None, None, None, False
+        return None, None, None, None, False
     row = make_plan(holder.config, [(name, tensor)], holder.group.size()).rows[0]
-    own, shared = _C.parts_of(holder.config.native(), row.kept is not None)
-    wide = tensor.dtype == torch.float64
-    dtype = torch.float64 if wide else holder.config.state_dtype or torch.float32
+    own, shared, has_basis = _C.parts_of(holder.config.native(), row.kept is not None)
 
     def zeros(there: bool) -> torch.Tensor | None:
-        return torch.zeros(tensor.shape, dtype=dtype) if there else None
+        return zeros_of(holder.config, tensor) if there else None
 
-    return zeros(own > 0), zeros(own > 1), zeros(shared), False
+    basis = None
+    if has_basis and row.view is not None and row.kept is not None:
+        basis = torch.zeros(row.kept, row.view[1])
+    return zeros(own > 0), zeros(own > 1), zeros(shared), basis, False
 
 
 def _same_everywhere(holder: Holder, text: str) -> str:

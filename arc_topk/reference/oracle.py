@@ -14,6 +14,7 @@ from arc_topk.reference.compressors import Compressed, arc_topk, dense, rand_k, 
 from arc_topk.reference.feedback import FEEDBACKS
 from arc_topk.reference.layout import flatten, unflatten
 from arc_topk.reference.levels import Levels
+from arc_topk.reference.low_rank import drawn, low_rank
 from arc_topk.reference.plan import Types, plan_view
 from arc_topk.reference.random_numbers import projection, rand_k_keys
 from arc_topk.reference.spike_limit import SpikeLimit
@@ -46,13 +47,14 @@ class Oracle:
         layouts: of each tensor a shape, or a tensor whose shape and strides count.
         dtype: of the gradients.
         world_size: N.
-        compressor: "dense", "arc_topk", "rand_k", "top_k".
+        compressor: "dense", "arc_topk", "rand_k", "top_k", "low_rank".
         feedback: "none", "ef14", "ef21", "ef21m".
-        ratio, sketch_dim, row_width, eta, start_step, wire_dtype, state_dtype, seed, spike_limit,
-            resync_every: as in the package's configuration; eta None means 0.1.
+        ratio, rank, sketch_dim, row_width, eta, start_step, wire_dtype, state_dtype, seed,
+            spike_limit, resync_every: as in the package's configuration; eta None means 0.1.
         may_be_unused: a gradient that is zero on every rank stands for none, as DDP makes it for
             parameters that nobody used: no state changes, and the result is zero.
-        streams: of each tensor the number that tells its Rand-K keys apart; None: 0, 1, 2, ...
+        streams: of each tensor the number that tells its Rand-K keys, or the columns that low rank
+            draws, apart; None: 0, 1, 2, ...
 
     Attributes:
         steps: exchanges so far; the coming step's V is the one of this number.
@@ -61,6 +63,8 @@ class Oracle:
         limits: each rank's spike limit of this bucket; empty: there is none.
         states: `states[i][t]` is the `Feedback` of tensor t on rank i, flat and in memory order. A
             dense tensor needs state only under EF21M, and only `h`.
+        bases: low rank's W of each tensor, float32 [n, k]: the same on all ranks. Zero columns are
+            drawn when next needed.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Oracle:
         compressor: str = "arc_topk",
         feedback: str = "ef14",
         ratio: float = 0.1,
+        rank: int | None = None,
         sketch_dim: int = 4,
         row_width: int | None = None,
         eta: float | None = None,
@@ -98,9 +103,10 @@ class Oracle:
         self.may_be_unused = may_be_unused
         self.streams = list(range(len(self.layouts))) if streams is None else list(streams)
         self.views = [
-            plan_view(t, self.types, world_size, compressor, ratio, sketch_dim, row_width)
+            plan_view(t, self.types, world_size, compressor, ratio, sketch_dim, row_width, rank)
             for t in self.layouts
         ]
+        self.bases = [torch.zeros(v.n, v.k) for v in self.views]
         kind = FEEDBACKS[feedback]
         self.states = [
             [kind(v.numel, self.types.work, self.types.state, self.eta) for v in self.views]
@@ -309,4 +315,8 @@ class Oracle:
         if self.compressor == "rand_k":
             keys = rand_k_keys(self.seed, step, self.streams[t], view.m)
             return rand_k(x, keys, view.k, wire, selected)
+        if self.compressor == "low_rank":
+            w = drawn(self.bases[t], self.seed, step, self.streams[t])
+            result, self.bases[t] = low_rank(x, w, wire)
+            return result
         return top_k(x, view.k, wire, selected, rtol)

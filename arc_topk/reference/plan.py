@@ -17,7 +17,7 @@ class View:
 
     Attributes:
         m, n: rows and columns; the last row may be short of n elements.
-        k: K, rows kept.
+        k: K, rows kept; low rank: columns of its factors.
         numel: d <= m n.
         compressed: False: stays dense.
         wire_bytes: what a rank hands to the collectives for it, its flag included.
@@ -97,6 +97,16 @@ def kept(ratio: float, m: int) -> int:
     return max(1, math.ceil(ratio * m * (1 - 1e-12)))
 
 
+def rank_of(m: int, n: int, types: Types, dense_bytes: int, ratio: float, rank: int | None) -> int:
+    """K of low rank: as asked for, or the most whose factors are `ratio` of the dense bytes.
+
+    At least 1, at most min(m, n), where C is the mean message itself.
+    """
+    column = m * types.work.itemsize + n * types.wire.itemsize
+    k = math.floor(ratio * dense_bytes * (1 + 1e-12) / column) if rank is None else rank
+    return max(1, min(k, m, n))
+
+
 def plan_view(
     layout: Tensor,
     types: Types,
@@ -105,14 +115,15 @@ def plan_view(
     ratio: float,
     sketch_dim: int,
     row_width: int | None,
+    rank: int | None = None,
 ) -> View:
     """The plan's rule: see the tensor as a matrix; compress it only where that saves bytes.
 
     Compressed bytes are r m sketch numbers and K n row elements for ARC-Top-K (on a uint8 wire m
     units besides), K n row elements for Rand-K, K values and K int32 indices for Top-K, which looks
-    at single elements whatever the rows; and one flag each. Top-K gathers: in a ring, a rank sends
-    N - 1 times its bytes, against 2 (N - 1) / N times for an all-reduce, hence max(N, 2) / 2 times
-    its bytes are compared.
+    at single elements whatever the rows, k (m + n) numbers of two factors for low rank; and one
+    flag each. Top-K gathers: in a ring, a rank sends N - 1 times its bytes, against 2 (N - 1) / N
+    times for an all-reduce, hence max(N, 2) / 2 times its bytes are compared.
     """
     numel, wire, work = layout.numel(), types.wire.itemsize, types.work.itemsize
     dense_bytes = numel * types.dense.itemsize
@@ -121,12 +132,14 @@ def plan_view(
     if shape is None or compressor == "dense":
         return stays_dense
     m, n = (numel, 1) if compressor == "top_k" else shape
-    k = kept(ratio, m)
+    low_rank = compressor == "low_rank"
+    k = rank_of(m, n, types, dense_bytes, ratio, rank) if low_rank else kept(ratio, m)
     unit = 1 if types.wire == torch.uint8 else 0
     wire_bytes = {
         "arc_topk": ((sketch_dim + unit) * m + 1) * work + k * n * wire,
         "rand_k": (k * n + 1) * wire,
         "top_k": k * (wire + 4) + 4,
+        "low_rank": (k * m + 1) * work + k * n * wire,
     }[compressor]
     traffic = wire_bytes * (max(world_size, 2) / 2 if compressor == "top_k" else 1)
     return View(m, n, k, numel, True, wire_bytes) if traffic < dense_bytes else stays_dense

@@ -14,6 +14,7 @@ _LOW32 = 0xFFFFFFFF
 
 PROJECTION_STREAM = 0x41524356  # "ARCV"
 RAND_K_STREAM = 0x52414E4B  # "RANK"
+BASIS_STREAM = 0x41524357  # "ARCW"
 
 
 def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> Tensor:
@@ -81,6 +82,26 @@ def projection(seed: int, step: int, n: int, r: int) -> Tensor:
     groups = torch.arange((r + 3) // 4).unsqueeze(0)
     counter = (rows, groups, step & _LOW32, (step >> 32) & _LOW32)
     return normals(philox(counter, _key(seed, PROJECTION_STREAM))).flatten(1)[:, :r]
+
+
+def basis_column(seed: int, step: int, stream: int, column: int, n: int) -> Tensor:
+    """One column of low rank's W where it is drawn: at first, and where it has become zero.
+
+    Element j is number j % 4 of the block with counter (j / 4, column, step_lo, stream).
+
+    Args:
+        seed: 64 bits; with a constant of W's own it is the key.
+        step: the exchange count.
+        stream: tells the tensors of one step apart; must be the same on all ranks.
+        column: of W.
+        n: elements.
+
+    Returns:
+        float64 [n], i.i.d. N(0, 1).
+    """
+    blocks = torch.arange((n + 3) // 4)
+    counter = (blocks, column, step & _LOW32, stream)
+    return normals(philox(counter, _key(seed, BASIS_STREAM))).flatten()[:n]
 
 
 def rand_k_keys(seed: int, step: int, stream: int, m: int) -> Tensor:

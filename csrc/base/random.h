@@ -133,6 +133,15 @@ ARC_TOPK_HD Normals projection_normals(uint32_t row, uint32_t column_group, uint
                         static_cast<uint32_t>(seed >> 32) ^ 0x41524356u));
 }
 
+// Elements 4 * row_group ... + 3 of a column of low rank's W that is drawn, of the tensor known as
+// `stream`. Of a step's number the lower half tells enough.
+ARC_TOPK_HD Normals basis_normals(uint32_t row_group, uint32_t column, uint32_t stream,
+                                  uint64_t seed, uint64_t step) {
+  return normals(philox(row_group, column, static_cast<uint32_t>(step), stream,
+                        static_cast<uint32_t>(seed),
+                        static_cast<uint32_t>(seed >> 32) ^ 0x41524357u));
+}
+
 // Rand-K's keys of rows 4 * row_group ... + 3 of the tensor known as `stream`.
 ARC_TOPK_HD Philox selection_keys(uint32_t row_group, uint32_t stream, uint64_t seed,
                                   uint64_t step) {

@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "compress/make_plan.h"
+
 namespace arc_topk {
 
 const char* name_of(Phase phase) {
@@ -33,12 +35,18 @@ DType Compressor::dense_type(DType gradient, DType wire) const {
   return wide || wire == gradient ? gradient : DType::kF32;
 }
 
+int64_t Compressor::kept(const Matrix& matrix, const Types&, const Config& config) const {
+  return kept_rows(config.ratio, matrix.rows);
+}
+
+void Compressor::reclaim(Step& step) const { step.kernels().reclaim(step.bucket()); }
+
 const Compressor& compressor_named(const std::string& name) {
-  for (const Compressor* compressor : {&arc_top_k(), &dense(), &rand_k(), &top_k()}) {
+  for (const Compressor* compressor : {&arc_top_k(), &dense(), &low_rank(), &rand_k(), &top_k()}) {
     if (name == compressor->name()) return *compressor;
   }
   throw std::invalid_argument("compressor is '" + name +
-                              "'; expected 'arc_topk', 'dense', 'rand_k' or 'top_k'");
+                              "'; expected 'arc_topk', 'dense', 'low_rank', 'rand_k' or 'top_k'");
 }
 
 }  // namespace arc_topk

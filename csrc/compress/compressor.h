@@ -55,6 +55,12 @@ class Compressor {
   // --- plan ---
   virtual bool compresses() const { return true; }
   virtual bool by_element() const { return false; }  // keeps single elements whatever the row width
+  // A matrix travels as two factors of few columns, rather than by some of its rows.
+  virtual bool factorises() const { return false; }
+  // K of a matrix whose rows, columns and dense bytes are known: rows, or columns of factors.
+  virtual int64_t kept(const Matrix& matrix, const Types& types, const Config& config) const;
+  // Memory that it keeps of a compressed matrix beside the error feedback's own.
+  virtual int64_t factor_bytes(const Matrix&, const Types&) const { return 0; }
   // Bytes a rank hands to the collectives for one compressed matrix, its flag included.
   virtual int64_t wire_bytes(const Matrix& matrix, const Types& types,
                              const Config& config) const = 0;
@@ -74,12 +80,19 @@ class Compressor {
   virtual void prepare(Step& step) const = 0;
   // In the bucket's turn: the collectives and all that lies between and after them.
   virtual void exchange(Step& step) const = 0;
+
+  // --- between steps ---
+  // What a scaler's skipped step has sent, back into the residual: Kernels::reclaim().
+  virtual void reclaim(Step& step) const;
+  // Own state becomes what it stands for, where the compressor keeps a part of it elsewhere.
+  virtual void settle(Step&) const {}
 };
 
 const Compressor& dense();
 const Compressor& arc_top_k();
 const Compressor& rand_k();
 const Compressor& top_k();
+const Compressor& low_rank();
 // By its name in Config; throws std::invalid_argument that lists the names.
 const Compressor& compressor_named(const std::string& name);
 

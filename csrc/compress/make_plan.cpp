@@ -101,8 +101,8 @@ Matrix view_as_matrix(const Config& config, const Compressor& compressor, const 
     matrix.cols = std::max<int64_t>(1, shape.numel / std::max<int64_t>(shape.rows, 1));
   }
   matrix.rows = divide_up(shape.numel, matrix.cols);
-  matrix.kept = kept_rows(config.ratio, matrix.rows);
   matrix.dense_bytes = shape.numel * size_of(types.dense);
+  matrix.kept = compressor.kept(matrix, types, config);
   matrix.state_bytes = state_bytes(config, compressor, types, shape.numel);
   matrix.wire_bytes = compressor.wire_bytes(matrix, types, config);
   matrix.why_dense = why_dense(config, compressor, shape, matrix, compressor.link_cost(world_size));
@@ -113,6 +113,7 @@ Matrix view_as_matrix(const Config& config, const Compressor& compressor, const 
     matrix.wire_bytes = matrix.dense_bytes;
   }
   if (matrix.kept > 0) {
+    matrix.state_bytes += compressor.factor_bytes(matrix, types);
     check_size(matrix.rows, std::numeric_limits<int32_t>::max(), "rows");
     check_size(matrix.cols, kMostRows, "columns");
   } else {
@@ -139,11 +140,13 @@ Plan make_plan(const Config& config, const Compressor& compressor, DType gradien
       s.cols = matrix.cols;
       s.kept = matrix.kept;
       s.flag = plan.num_flags++;
-      s.key = num_keys;
-      s.pick = plan.num_picks;
-      num_keys += s.rows;
-      if (s.has_many_rows()) s.large = plan.num_large++;
-      plan.num_picks += s.kept;
+      if (!compressor.factorises()) {
+        s.key = num_keys;
+        s.pick = plan.num_picks;
+        num_keys += s.rows;
+        if (s.has_many_rows()) s.large = plan.num_large++;
+        plan.num_picks += s.kept;
+      }
       plan.max_cols = std::max(plan.max_cols, s.cols);
       plan.dense = false;
     }

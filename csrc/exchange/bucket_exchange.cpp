@@ -159,19 +159,19 @@ void BucketExchange::give_up() noexcept {
 void BucketExchange::settle() {
   Streams* const queues = events_ ? streams() : nullptr;
   if (queues != nullptr) queues->settle(*events_);
-  if (!sent_) return;
-  const auto take = [this](void* stream) {
+  const auto settle = [this](void* stream) {
     state_.bucket.stream = stream;
-    take_scale();
+    if (sent_) take_scale();
+    state_.compressor->settle(*this);
   };
-  queues == nullptr ? take(nullptr) : queues->here(take);
+  queues == nullptr ? settle(nullptr) : queues->here(settle);
 }
 
 // What a step has sent is in the residual no more, but if the scaler skips the step it changes
 // nothing. The step before is known to be skipped once the scaler has lowered its scale.
 void BucketExchange::take_scale() {
   state_.take_scale(shared_.loss_scale);
-  if (sent_ && bucket().loss_scale != nullptr) kernels().reclaim(bucket());
+  if (sent_ && bucket().loss_scale != nullptr) state_.compressor->reclaim(*this);
 }
 
 // --- its parts

@@ -31,15 +31,18 @@ struct Segment {
   int64_t numel;    // less than rows * cols where the last row is short, and zero beyond its end
   int64_t rows;     // m
   int64_t cols;     // n
-  int64_t kept;     // K; 0 for a tensor that stays dense (it then has rows = numel, cols = 1)
+  int64_t kept;     // K, low rank: k; 0 for a tensor that stays dense (rows = numel, cols = 1)
   int64_t flag;     // compressed: its place among the flags
-  int64_t sketch;   // compressed: its m x r sketch in the first payload (row-major)
+  int64_t sketch;   // compressed: its m x r sketch in the first payload (row-major); low rank: P
   int64_t units;    // compressed, on an uint8 wire: its m rows' units in the first payload
-  int64_t packed;   // its K x n rows, or its dense copy, in the payload that carries them
+  int64_t packed;   // its K x n rows, R^T, or its dense copy, in the payload that carries them
   int64_t key;      // compressed: its m rows among those of all compressed segments
   int64_t pick;     // compressed: its K selected rows
   int64_t large;    // compressed, of more than kManyRows rows: its place among such
-  uint32_t stream;  // tells the tensors of one bucket apart in Rand-K's random numbers
+  int64_t left;     // low rank: its P^, m x kept, among the left factors
+  int64_t right;    // low rank: its columns of n elements, `kept` of them, factor_stride(n) apart
+  int64_t partial;  // low rank: as many for each strip of rows
+  uint32_t stream;  // tells the tensors of one bucket apart in random numbers
   bool dense_in_first;  // dense: rides in the first payload (work type), not the second
 
   constexpr bool compressed() const { return kept > 0; }
@@ -73,6 +76,28 @@ enum class Outcome : uint8_t {
   kNonFinite,  // a NaN or infinity on some rank: the result is NaN, the state is as before the step
 };
 
+// Low rank: what lies between steps, or only within one, beside payloads and state. The residual is
+// own_a - P^ R_i^T at any moment; see kernels/low_rank.h.
+struct Factors {
+  void* left;          // work type: P^ of each matrix
+  void* right;         // work type: R_i as sent; zero where own_a is the residual itself
+  float* basis;        // W; columns of zeros are drawn when next needed
+  void* partial;       // work type: sums of X_i^T P^ over strips of rows; then, in the first, R
+  const Piece* tiles;  // see cut_into_tiles()
+  int64_t num_tiles;
+  int64_t left_numel;  // of all matrices
+};
+
+// The distance between the columns of a factor, in elements. They are read side by side: a distance
+// of a power of two would put the same rows of all of them in the same few cache sets.
+constexpr int64_t factor_stride(int64_t cols) {
+  const int64_t whole = (cols + 15) / 16 * 16;
+  return whole % 256 == 0 ? whole + 16 : whole;
+}
+// X_i^T P^ is summed over so many rows at a time, and these sums one after the other: the same
+// numbers whatever the number of threads.
+constexpr int64_t kStripRows = 512;
+
 // Everything a kernel is told about a bucket. Buffers have the plan's sizes; unused ones are null.
 struct Bucket {
   const Segment* segments;
@@ -104,6 +129,7 @@ struct Bucket {
   void* flags;   // one number per compressed segment, inside one of the payloads
   DType flag_type;
   int32_t* picks;  // selected rows, ascending within a segment
+  Factors factors;
 
   // Where a step's sums go: see Energy. Kernels add to it.
   struct Energy* energy;
@@ -174,6 +200,8 @@ class Kernels {
 
   // --- plan -------------------------------------------------------------------------------------
   virtual Grain grain() const = 0;
+  // Those of low rank; null where the device has none.
+  virtual const class LowRankKernels* low_rank() const { return nullptr; }
   // Bytes of Bucket::scratch, from the numbers of the bucket (segments and pieces in host memory).
   virtual int64_t scratch_bytes(const Bucket& b) const = 0;
 

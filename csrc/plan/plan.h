@@ -35,7 +35,7 @@ struct Types {
 struct Matrix {
   int64_t rows;  // m
   int64_t cols;  // n
-  int64_t kept;  // K; 0: stays dense
+  int64_t kept;  // K, low rank: k; 0: stays dense
   int64_t wire_bytes;
   int64_t dense_bytes;
   int64_t state_bytes;
@@ -55,6 +55,9 @@ struct Plan {
   int64_t num_flags = 0;
   int64_t num_large = 0;
   int64_t num_picks = 0;
+  int64_t num_left = 0;      // low rank: elements of all left factors,
+  int64_t num_right = 0;     // of all right ones,
+  int64_t num_partial = 0;   // and of their sums over strips
   int64_t first_numel = 0;   // work type
   int64_t second_numel = 0;  // wire type
   int64_t flags_at = 0;      // element within the payload that carries the flags
@@ -67,6 +70,8 @@ struct Plan {
 };
 // The work on these segments in pieces as a device wants them.
 std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain grain);
+// The compressed ones in tiles: parts of strips of kStripRows rows, each an own sum.
+std::vector<Piece> cut_into_tiles(const std::vector<Segment>& segments);
 bool splits_rows(const std::vector<Piece>& pieces, const std::vector<Segment>& segments);
 
 }  // namespace arc_topk

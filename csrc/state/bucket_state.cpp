@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 
 #include "compress/make_plan.h"
@@ -25,6 +26,10 @@ void* data_of(const std::vector<at::Tensor>& one) {
   return one.empty() ? nullptr : data_of(one[0]);
 }
 
+at::Tensor zeros(int64_t numel, at::ScalarType type, c10::Device device) {
+  return at::zeros({numel}, at::TensorOptions().dtype(type).device(device));
+}
+
 // A vector of one tensor, or none.
 std::vector<at::Tensor> one_of(at::Tensor tensor) {
   std::vector<at::Tensor> one;
@@ -32,16 +37,42 @@ std::vector<at::Tensor> one_of(at::Tensor tensor) {
   return one;
 }
 
+// A copy of a table in the device's memory, for kernels to read.
+template <class T>
+const T* upload(const std::vector<T>& table, at::Tensor& copy, c10::Device device) {
+  if (device.is_cpu()) return table.data();
+  const auto bytes = static_cast<int64_t>(table.size() * sizeof(T));
+  copy = at::from_blob(const_cast<T*>(table.data()), {bytes}, at::kByte).to(device);
+  return static_cast<const T*>(copy.const_data_ptr());
+}
+
 void allocate_arenas(BucketState& s, FeedbackKind feedback, c10::Device device) {
-  const auto zeros = [&] {
-    return at::zeros({s.plan.numel},
-                     at::TensorOptions().dtype(scalar_type_of(s.plan.types.state)).device(device));
+  const auto arena = [&] {
+    return zeros(s.plan.numel, scalar_type_of(s.plan.types.state), device);
   };
-  if (!s.plan.dense && own_states(feedback) > 0) s.own_a = zeros();
-  if (!s.plan.dense && own_states(feedback) > 1) s.own_b = zeros();
+  if (!s.plan.dense && own_states(feedback) > 0) s.own_a = arena();
+  if (!s.plan.dense && own_states(feedback) > 1) s.own_b = arena();
   // A dense tensor's estimate is the mean itself, or under EF21M the momentum of it.
   const bool is_mean = s.plan.in_place && !has_momentum(feedback);
-  if (shares_estimate(feedback) && !is_mean) s.shared = zeros();
+  if (shares_estimate(feedback) && !is_mean) s.shared = arena();
+}
+
+void allocate_factors(BucketState& s, c10::Device device) {
+  const Plan& plan = s.plan;
+  if (plan.num_left == 0) return;
+  const at::ScalarType work = scalar_type_of(plan.types.work());
+  s.left = zeros(plan.num_left, work, device);
+  if (s.own_a.defined()) s.right = zeros(plan.num_right, work, device);
+  s.basis = zeros(plan.num_right, at::kFloat, device);
+  s.partial = zeros(plan.num_partial, work, device);
+  s.tiles = cut_into_tiles(plan.segments);
+  s.bucket.factors = {data_of(s.left),
+                      data_of(s.right),
+                      static_cast<float*>(data_of(s.basis)),
+                      data_of(s.partial),
+                      upload(s.tiles, s.tile_table, device),
+                      static_cast<int64_t>(s.tiles.size()),
+                      plan.num_left};
 }
 
 void allocate_payloads(BucketState& s, c10::Device device) {
@@ -49,7 +80,7 @@ void allocate_payloads(BucketState& s, c10::Device device) {
   s.first = one_of(uninitialised(plan.first_numel, scalar_type_of(plan.types.work()), device));
   s.second = one_of(uninitialised(plan.second_numel, scalar_type_of(plan.types.wire), device));
   // Zeros: those of a tensor that has not been sent yet are compared between ranks as well.
-  s.picks = at::zeros({plan.num_picks}, at::TensorOptions().dtype(at::kInt).device(device));
+  s.picks = zeros(plan.num_picks, at::kInt, device);
 
   s.bucket.first = data_of(s.first);
   s.bucket.second = data_of(s.second);
@@ -84,33 +115,21 @@ void allocate_message(BucketState& s, int world_size, c10::Device device) {
 
 void allocate_scratch(BucketState& s, c10::Device device) {
   const auto segments = static_cast<int64_t>(s.plan.segments.size());
-  const auto zeros = [&](int64_t numel, at::ScalarType type) {
-    return at::zeros({numel}, at::TensorOptions().dtype(type).device(device));
-  };
-  s.marks = zeros(3 * segments, at::kByte);
-  s.energy = zeros(2, at::kDouble);
+  s.marks = zeros(3 * segments, at::kByte, device);
+  s.energy = zeros(2, at::kDouble, device);
   auto* marks = static_cast<uint8_t*>(data_of(s.marks));
   s.bucket.used = marks;
   s.bucket.bad = marks + segments;
   s.bucket.outcome = reinterpret_cast<Outcome*>(marks + 2 * segments);
   s.bucket.energy = static_cast<Energy*>(data_of(s.energy));
   if (s.shared.defined() && s.backend.streams) {
-    s.withheld = zeros(segments, s.shared.scalar_type());
-    s.is_withheld = zeros(segments, at::kBool);
+    s.withheld = zeros(segments, s.shared.scalar_type(), device);
+    s.is_withheld = zeros(segments, at::kBool, device);
     s.bucket.withheld = data_of(s.withheld);
     s.bucket.is_withheld = static_cast<uint8_t*>(data_of(s.is_withheld));
   }
-  s.scratch = zeros(s.backend.kernels->scratch_bytes(s.bucket), at::kByte);
+  s.scratch = zeros(s.backend.kernels->scratch_bytes(s.bucket), at::kByte, device);
   s.bucket.scratch = data_of(s.scratch);
-}
-
-// A copy of a table in the device's memory, for kernels to read.
-template <class T>
-const T* upload(const std::vector<T>& table, at::Tensor& copy, c10::Device device) {
-  if (device.is_cpu()) return table.data();
-  const auto bytes = static_cast<int64_t>(table.size() * sizeof(T));
-  copy = at::from_blob(const_cast<T*>(table.data()), {bytes}, at::kByte).to(device);
-  return static_cast<const T*>(copy.const_data_ptr());
 }
 
 // All that kernels are told but for where things lie.
@@ -133,6 +152,13 @@ void describe(BucketState& s, const Config& config, int world_size) {
   b.sketch_dim = s.compressor->sketches() ? config.sketch_dim : 0;
   b.world_size = world_size;
   b.wire_scale = s.compressor->gathers() ? 1.0 : scale_of_sum(world_size);
+}
+
+void check_servable(const Compressor& compressor, const Kernels& kernels, c10::Device device) {
+  if (!compressor.factorises() || kernels.low_rank() != nullptr) return;
+  throw std::invalid_argument(std::string("arc_topk: compressor '") + compressor.name() +
+                              "' has no kernels for device '" + device.str() +
+                              "' yet; expected gradients on the CPU, or compressor 'arc_topk'");
 }
 
 // What the allocator gives is; a view into something larger may not be.
@@ -159,11 +185,13 @@ std::unique_ptr<BucketState> make_bucket_state(const Config& config, const Compr
   s->plan = make_plan(config, compressor, dtype_of(buffer.scalar_type()), shapes, world_size);
   s->pieces = cut_into_pieces(s->plan.segments, s->backend.kernels->grain());
   s->compressor = s->plan.dense ? &dense() : &compressor;
+  check_servable(compressor, *s->backend.kernels, device);
   s->gradient.resize(1);
   describe(*s, config, world_size);
   s->bucket.may_be_unused = may_be_unused;
 
   allocate_arenas(*s, config.feedback, device);
+  allocate_factors(*s, device);
   if (s->compressor->gathers()) {
     allocate_message(*s, world_size, device);
   } else {

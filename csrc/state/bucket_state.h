@@ -34,17 +34,18 @@ struct BucketState {
   Plan plan;
   Bucket bucket{};
   Backend backend{};
-  std::vector<Piece> pieces;
+  std::vector<Piece> pieces, tiles;
   const Compressor* compressor = nullptr;
 
   at::Tensor own_a, own_b, shared;
+  at::Tensor left, right, basis, partial;  // low rank: Bucket::factors
   // Vectors of one tensor, as collectives want them, so that a step makes none. The gradient is
   // held only while its exchange is in the air: DDP frees its buffers when it makes others.
   std::vector<at::Tensor> gradient, first, second, message;
   at::Tensor gathered;
   at::Tensor picks, marks, scratch, withheld, is_withheld;
-  at::Tensor energy;                      // an Energy, as two doubles
-  at::Tensor segment_table, piece_table;  // of a device with a memory of its own
+  at::Tensor energy;                                  // an Energy, as two doubles
+  at::Tensor segment_table, piece_table, tile_table;  // of a device with a memory of its own
   // Of this step and the one before, in turns: Bucket::loss_scale and scale_before.
   struct Scale {
     at::Tensor both, up, down;  // up and down are its two numbers

@@ -28,6 +28,20 @@ void carry(const at::Tensor& to, int64_t to_offset, const Layout& to_layout, con
   part_of(to, to_offset, to_layout).copy_(part_of(from, from_offset, from_layout));
 }
 
+// Low rank's W^T of one tensor, [k, n], as it lies in its bucket; undefined: it has none.
+at::Tensor basis_of(const BucketState& bucket, size_t index) {
+  const Segment& s = bucket.plan.segments[index];
+  if (!bucket.basis.defined() || !s.compressed()) return {};
+  return bucket.basis.as_strided({s.kept, s.cols}, {factor_stride(s.cols), 1}, s.right);
+}
+
+// As many columns of W as there are in both; those of another length are drawn anew.
+void carry_basis(const at::Tensor& to, const at::Tensor& from) {
+  if (!to.defined() || !from.defined() || to.size(1) != from.size(1)) return;
+  const int64_t columns = std::min(to.size(0), from.size(0));
+  to.narrow(0, 0, columns).copy_(from.narrow(0, 0, columns));
+}
+
 // Puts the first element of h in its place where NaN stands for it in `old`: see
 // Kernels::publish().
 void give_back(const at::Tensor& h, int64_t here, int64_t numel, const BucketState& old,
@@ -170,6 +184,11 @@ Kept StateStore::copy_of(const Slot& slot) const {
   };
   Kept kept;
   kept.started = bucket.started;
+  const at::Tensor basis = basis_of(bucket, slot.index);
+  if (basis.defined()) {
+    kept.basis =
+        basis.to(c10::kCPU, at::kFloat, /*non_blocking=*/false, /*copy=*/true).contiguous();
+  }
   if (segment.compressed()) {
     kept.own_a = copy(bucket.own_a);
     kept.own_b = copy(bucket.own_b);
@@ -185,7 +204,8 @@ std::vector<std::pair<std::string, std::optional<Kept>>> StateStore::snapshot() 
   for (const Slot& slot : slots_) {
     std::optional<Kept> kept = slot.kept;
     if (slot.bucket != nullptr) kept = copy_of(slot);
-    const bool empty = kept && !kept->own_a.defined() && !kept->shared.defined();
+    const bool empty =
+        kept && !kept->own_a.defined() && !kept->shared.defined() && !kept->basis.defined();
     all.emplace_back(slot.name, empty ? std::nullopt : std::move(kept));
   }
   return all;
@@ -322,6 +342,7 @@ bool StateStore::move(const Slot& slot, BucketState& to, size_t index) const {
     put(to.own_a, slot.kept->own_a);
     put(to.own_b, slot.kept->own_b);
     put(to.shared, slot.kept->shared);
+    carry_basis(basis_of(to, index), slot.kept->basis);
     return slot.kept->started;
   }
   if (slot.bucket == nullptr) return false;
@@ -332,6 +353,7 @@ bool StateStore::move(const Slot& slot, BucketState& to, size_t index) const {
   carry(to.own_a, here, here_as, old.own_a, there, there_as);
   carry(to.own_b, here, here_as, old.own_b, there, there_as);
   carry(to.shared, here, here_as, old.shared, there, there_as);
+  carry_basis(basis_of(to, index), basis_of(old, slot.index));
   give_back(to.shared, here, to.plan.segments[index].numel, old, static_cast<int64_t>(slot.index));
   if (index == 0) {
     to.progress->exchanges = old.progress->exchanges.load();

@@ -41,6 +41,7 @@ struct Standing {
 // CPU. Undefined: it has no such part.
 struct Kept {
   at::Tensor own_a, own_b, shared;
+  at::Tensor basis;  // low rank's W^T, [k, n]; of the matrix that it was, whatever that will be
   bool started = false;
 };
 
@@ -100,7 +101,10 @@ class StateStore {
     size_t index = 0;               // which of the bucket's tensors
     std::optional<Kept> kept{};     // restored, until a bucket takes it over
 
-    bool has_state() const { return bucket != nullptr || kept.has_value(); }
+    // A basis alone is none: without it low rank begins with another, and nothing is lost.
+    bool has_state() const {
+      return bucket != nullptr || (kept && (kept->own_a.defined() || kept->shared.defined()));
+    }
     at::IntArrayRef sizes() const;  // of its state
     bool has_residual() const;
   };

@@ -40,7 +40,7 @@ class Chance {
   }
 
   Config config() {
-    const char* const compressors[] = {"arc_topk", "rand_k", "top_k", "dense"};
+    const char* const compressors[] = {"arc_topk", "rand_k", "top_k", "dense", "low_rank"};
     const FeedbackKind feedbacks[] = {FeedbackKind::kNone, FeedbackKind::kEF14, FeedbackKind::kEF21,
                                       FeedbackKind::kEF21M};
     const DType states[] = {DType::kF32, DType::kBF16};
@@ -62,6 +62,10 @@ class Chance {
     config.check_every = integer(0, 2);
     if (integer(0, 1) == 0) config.resync_every = integer(0, 2);
     config.compress_without_gain = integer(0, 3) == 0;
+    if (config.compressor == "low_rank") {
+      if (shares_estimate(config.feedback)) config.feedback = FeedbackKind::kEF14;
+      if (integer(0, 1) == 0) config.rank = size(6);
+    }
     return config;
   }
   DType type() {

@@ -72,6 +72,8 @@ std::vector<Choice> all_choices() {
       choices.push_back({compressor, feedback});
     }
   }
+  choices.push_back({"low_rank", FeedbackKind::kNone});
+  choices.push_back({"low_rank", FeedbackKind::kEF14});
   return choices;
 }
 

@@ -40,7 +40,7 @@ void expect_full(std::vector<Place> places, int64_t numel) {
 
 void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>& shapes) {
   ASSERT_EQ(plan.segments.size(), shapes.size());
-  std::vector<Place> bucket, first, second, picks;
+  std::vector<Place> bucket, first, second, picks, left;
   const bool gathers = config.compressor == "top_k" && !plan.dense;
   if (!gathers) {
     (plan.flags_in_first ? first : second)
@@ -66,7 +66,13 @@ void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>
     if (s.has_many_rows()) {
       ASSERT_EQ(s.large, large++);
     }
-    picks.push_back({s.pick, s.pick + s.kept});
+    const bool factorises = config.compressor == "low_rank";
+    if (!factorises) picks.push_back({s.pick, s.pick + s.kept});
+    if (factorises) {
+      ASSERT_LE(s.kept, s.cols);
+      left.push_back({s.left, s.left + s.rows * s.kept});
+      first.push_back({s.sketch, s.sketch + s.rows * s.kept});
+    }
     second.push_back({s.packed, s.packed + s.kept * s.cols});
     if (config.compressor == "arc_topk") {
       first.push_back({s.sketch, s.sketch + s.rows * config.sketch_dim});
@@ -75,6 +81,7 @@ void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>
   }
   expect_full(bucket, plan.numel);
   expect_full(picks, plan.num_picks);
+  expect_full(left, plan.num_left);
   if (!plan.in_place) {
     expect_full(first, plan.first_numel);
     expect_full(second, plan.second_numel);

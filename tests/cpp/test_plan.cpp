@@ -43,7 +43,7 @@ TEST(Plan, KeptRowsRoundUpAndForgiveTheLastBit) {
 TEST(Plan, EveryElementOfThePayloadsBelongsToOneTensor) {
   const std::vector<Shape> shapes = {matrix(40, 24), vector(7), matrix(1, 96), matrix(96, 1),
                                      vector(0),      vector(1), matrix(33, 70)};
-  for (const char* compressor : {"arc_topk", "rand_k", "top_k"}) {
+  for (const char* compressor : {"arc_topk", "rand_k", "top_k", "low_rank"}) {
     for (const DType type : {DType::kF32, DType::kF64, DType::kBF16, DType::kF16}) {
       for (const int64_t row_width : {0, 1, 8}) {
         Config config;
@@ -72,6 +72,9 @@ TEST(Plan, EveryElementOfThePayloadsBelongsToOneTensor) {
           EXPECT_TRUE(take(second, s.packed, s.kept * s.cols));
           if (std::string(compressor) == "arc_topk") {
             EXPECT_TRUE(take(first, s.sketch, s.rows * config.sketch_dim));
+          }
+          if (std::string(compressor) == "low_rank") {
+            EXPECT_TRUE(take(first, s.sketch, s.rows * s.kept));
           }
         }
         EXPECT_EQ(plan.numel, offset);
@@ -109,7 +112,7 @@ TEST(Plan, PiecesCoverEveryElementOnce) {
 
 TEST(Plan, WhatATensorCostsDoesNotDependOnItsBucket) {
   const std::vector<Shape> shapes = {matrix(40, 24), vector(7), matrix(96, 1), matrix(33, 70)};
-  for (const char* compressor : {"arc_topk", "rand_k", "top_k", "dense"}) {
+  for (const char* compressor : {"arc_topk", "rand_k", "top_k", "dense", "low_rank"}) {
     for (const DType type : {DType::kF32, DType::kF64, DType::kBF16, DType::kF16}) {
       for (const int wire : {-1, 0, 2, 3, 4}) {
         Config config;

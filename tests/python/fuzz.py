@@ -18,9 +18,10 @@ from arc_topk.plan import make_plan
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GOOD: dict[str, list[Any]] = {
-    "compressor": ["arc_topk", "dense", "rand_k", "top_k"],
+    "compressor": ["arc_topk", "dense", "low_rank", "rand_k", "top_k"],
     "feedback": ["ef14", "ef21", "ef21m", "none"],
     "ratio": [1, 0.1, 0.5, 1e-300, 1 - 1e-16],
+    "rank": [None, 1, 4, 2**31 - 1],
     "sketch_dim": [1, 4, 64],
     "row_width": [None, 1, 8, 2**31 - 1],
     "eta": [None, 0.1, 1],
@@ -69,7 +70,12 @@ def check(number: int) -> str:
     except (ValueError, TypeError) as error:
         text = str(error)
         assert any(name in text for name in fields), (fields, text)
-        lonely = fields.get("eta") is not None and fields.get("feedback") != "ef21m"
+        low_rank = fields.get("compressor") == "low_rank"
+        lonely = (
+            (fields.get("eta") is not None and fields.get("feedback") != "ef21m")
+            or (fields.get("rank") is not None and not low_rank)
+            or (low_rank and fields.get("feedback") in ("ef21", "ef21m"))
+        )
         assert strange or lonely, (fields, text)
         return "refused"
     tensors = [(str(i), tensor_of(chance)) for i in range(chance.randint(0, 4))]
@@ -88,6 +94,9 @@ def check(number: int) -> str:
         if row.view is not None and row.kept is not None:
             rows, columns = row.view
             assert 1 <= row.kept <= rows and rows * columns >= tensor.numel(), row
+            if config.compressor == "low_rank":
+                assert row.kept <= min(columns, config.rank or columns), row
+                continue
             assert row.kept == max(1, math.ceil(config.ratio * rows * (1 - 1e-12))), row
     return "planned"
 

@@ -36,9 +36,13 @@ SETTINGS: list[dict[str, Any]] = [
             ("arc_topk", "rand_k", "top_k"), ("none", "ef14", "ef21", "ef21m")
         )
     ),
+    *(
+        {"compressor": "low_rank", "feedback": feedback, "ratio": 0.25}
+        for feedback in ("none", "ef14")
+    ),
 ]
 # Every compressor and every feedback once, where a script is slow.
-FEW = [SETTINGS[0], SETTINGS[2], SETTINGS[7], SETTINGS[12]]
+FEW = [SETTINGS[0], SETTINGS[2], SETTINGS[7], SETTINGS[12], SETTINGS[-1]]
 
 Observed = list[Tensor | None]
 Script = Callable[..., Observed]

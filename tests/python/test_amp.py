@@ -11,7 +11,7 @@ import torch
 from device import DEVICE, copy_to
 from model import Gradients, random_gradients, wrap
 from ranks import Ranks, message_of
-from test_engine import COMPRESSORS, FEEDBACKS, assert_same_bits
+from test_engine import CHOICES, COMPRESSORS, FEEDBACKS, assert_same_bits
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
@@ -162,7 +162,7 @@ OVERFLOWS: dict[str, dict[int, tuple[int, int]]] = {
 
 
 @pytest.mark.parametrize("where", OVERFLOWS)
-@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k", INTEGERS])
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k", "low_rank", INTEGERS])
 def test_a_skipped_step_loses_nothing(ranks: Ranks, compressor: str, where: str) -> None:
     """EF14: applied + mean residual = the sum of the mean gradients that count.
 
@@ -203,8 +203,7 @@ def test_a_skipped_step_loses_nothing(ranks: Ranks, compressor: str, where: str)
             )
 
 
-@pytest.mark.parametrize("feedback", FEEDBACKS)
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize(("compressor", "feedback"), CHOICES)
 def test_skipped_steps_agree_with_the_oracle(ranks: Ranks, compressor: str, feedback: str) -> None:
     """EF21 and EF21M among them: their estimates hold whether the optimizer steps or not."""
     gradients = random_gradients(LAYOUTS, 2, 9, torch.float32)
@@ -366,7 +365,7 @@ def saved_behind_a_skip(
     return owed
 
 
-@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k", INTEGERS])
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k", "low_rank", INTEGERS])
 def test_a_checkpoint_behind_a_skipped_step_holds_what_it_gave_back(
     ranks: Ranks, compressor: str
 ) -> None:

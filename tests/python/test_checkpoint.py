@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks, message_of
-from test_engine import COMPRESSORS, FEEDBACKS, LAYOUTS, assert_same_bits
+from test_engine import CHOICES, FEEDBACKS, LAYOUTS, assert_same_bits
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -127,9 +127,12 @@ def run_with_a_stop(
 
 
 @pytest.mark.parametrize(
-    ("compressor", "wire"), [*((name, None) for name in COMPRESSORS), ("arc_topk", torch.uint8)]
+    ("compressor", "feedback", "wire"),
+    [
+        *((compressor, feedback, None) for compressor, feedback in CHOICES),
+        *(("arc_topk", feedback, torch.uint8) for feedback in FEEDBACKS),
+    ],
 )
-@pytest.mark.parametrize("feedback", FEEDBACKS)
 def test_training_goes_on_to_the_bit(
     ranks: Ranks, tmp_path: Path, compressor: str, wire: torch.dtype | None, feedback: str
 ) -> None:

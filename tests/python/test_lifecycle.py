@@ -21,7 +21,7 @@ import torch.distributed as dist
 from device import DEVICE, copy_to
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks, message_of, temporary
-from test_engine import LAYOUTS, assert_same_bits
+from test_engine import LAYOUTS, REMEMBERED, assert_same_bits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -172,8 +172,7 @@ def run_on_after_a_failure(
     return outputs, took, state.metrics()["steps"]
 
 
-@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
-@pytest.mark.parametrize("feedback", ["ef14", "ef21", "ef21m"])
+@pytest.mark.parametrize(("compressor", "feedback"), REMEMBERED)
 def test_a_state_goes_on_after_a_failed_backward(compressor: str, feedback: str) -> None:
     gradients = random_gradients(LAYOUTS, 2, 7, torch.float32)
     config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
@@ -202,8 +201,7 @@ def run_beside_a_new_state(
     return [backward(model, step[rank]) for step in gradients[3:]]
 
 
-@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k"])
-@pytest.mark.parametrize("feedback", ["ef14", "ef21", "ef21m"])
+@pytest.mark.parametrize(("compressor", "feedback"), REMEMBERED)
 def test_a_rank_without_state_joins_those_with_one(
     ranks: Ranks, compressor: str, feedback: str
 ) -> None:

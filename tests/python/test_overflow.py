@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from model import random_gradients
 from ranks import Pools
-from test_engine import LAYOUTS, assert_same_bits, run_native
+from test_engine import COMPRESSED, FEEDBACKS, LAYOUTS, assert_same_bits, run_native
 
 pytestmark = pytest.mark.device
 
@@ -16,13 +14,14 @@ HUGE = 3e38  # of float32 and bfloat16 the largest is 3.4e38
 LARGEST = {torch.float64: 1.5e308, torch.float32: HUGE, torch.bfloat16: HUGE, torch.float16: 6e4}
 MATRIX, VECTOR, ROW, STEP = 0, 1, 7, 2
 COMPRESSORS = ["arc_topk", "rand_k", "top_k"]
-FEEDBACKS = ["none", "ef14", "ef21", "ef21m"]
 
 
-@pytest.mark.parametrize("feedback", FEEDBACKS)
 @pytest.mark.parametrize(
-    ("compressor", "wire"),
-    [*itertools.product(COMPRESSORS, [None, torch.bfloat16]), ("arc_topk", torch.uint8)],
+    ("compressor", "feedback", "wire"),
+    [
+        *((*pair, wire) for pair in COMPRESSED for wire in (None, torch.bfloat16)),
+        *(("arc_topk", feedback, torch.uint8) for feedback in FEEDBACKS),
+    ],
 )
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_finite_mean_whose_sum_overflows(

@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/cpu/low_rank.h"
 #include "kernels/cpu/select.h"
 #include "kernels/cpu/underflow.h"
 #include "kernels/loss_scale.h"
@@ -19,14 +20,17 @@ namespace cpu {
 
 namespace baseline {
 extern const Rows rows;
-}
+extern const LowRankSteps low_rank_steps;
+}  // namespace baseline
 #if defined(__x86_64__)
 namespace avx2 {
 extern const Rows rows;
-}
+extern const LowRankSteps low_rank_steps;
+}  // namespace avx2
 namespace avx512 {
 extern const Rows rows;
-}
+extern const LowRankSteps low_rank_steps;
+}  // namespace avx512
 #endif
 
 int tables(const Rows* (&found)[kMaxTables]) {
@@ -123,11 +127,19 @@ void write_flag(DType type, void* flags, int64_t i, double value) {
 
 }  // namespace
 
+CpuKernels::CpuKernels(const Rows& rows, const LowRankSteps& steps)
+    : rows_(rows), low_rank_(std::make_unique<CpuLowRank>(*this, rows, steps)) {}
+
+CpuKernels::~CpuKernels() = default;
+
+const LowRankKernels* CpuKernels::low_rank() const { return low_rank_.get(); }
+
 // Long enough to hide the cost of handing a piece out, short enough that every thread gets some of
 // every bucket and a piece's arrays stay in the L2 cache. A row is one thread's.
 Grain CpuKernels::grain() const { return {32768, false}; }
 
 int64_t CpuKernels::scratch_bytes(const Bucket& b) const {
+  if (b.factors.left_numel > 0) return b.factors.left_numel * size_of(DType::kF64);
   int64_t num_keys = 0;
   for (int64_t i = 0; i < b.num_segments; ++i) {
     if (b.segments[i].compressed()) num_keys = b.segments[i].key + b.segments[i].rows;
@@ -361,10 +373,10 @@ void CpuKernels::mark_dense(const Bucket& b, int64_t shift, int64_t copies, int6
 }
 
 const CpuKernels& kernels_with(const Rows& table) {
-  static const CpuKernels baseline(baseline::rows);
+  static const CpuKernels baseline(baseline::rows, baseline::low_rank_steps);
 #if defined(__x86_64__)
-  static const CpuKernels avx2(avx2::rows);
-  static const CpuKernels avx512(avx512::rows);
+  static const CpuKernels avx2(avx2::rows, avx2::low_rank_steps);
+  static const CpuKernels avx512(avx512::rows, avx512::low_rank_steps);
   if (&table == &avx2::rows) return avx2;
   if (&table == &avx512::rows) return avx512;
 #endif

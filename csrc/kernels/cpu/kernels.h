@@ -1,16 +1,24 @@
 // The CPU's kernels, and the smaller steps that they consist of, each of which has its own tests.
 #pragma once
 
+#include <memory>
+
 #include "kernels/cpu/rows.h"
 
 namespace arc_topk::cpu {
 
+struct LowRankSteps;
+
 class CpuKernels final : public Kernels {
  public:
-  explicit CpuKernels(const Rows& rows) : rows_(rows) {}
+  // Those of one instruction set.
+  CpuKernels(const Rows& rows, const LowRankSteps& steps);
+  ~CpuKernels() override;
 
   Grain grain() const override;
-  // The keys that rows are selected by: scores as unsigned integers of the same order.
+  const LowRankKernels* low_rank() const override;
+  // The keys that rows are selected by: scores as unsigned integers of the same order. Low rank: P
+  // by columns, while they are made orthonormal.
   int64_t scratch_bytes(const Bucket& b) const override;
   void project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
                uint64_t seed, uint64_t step) const override;
@@ -58,6 +66,7 @@ class CpuKernels final : public Kernels {
   void mark_dense(const Bucket& b, int64_t shift, int64_t copies, int64_t stride) const;
 
   const Rows& rows_;
+  const std::unique_ptr<const LowRankKernels> low_rank_;
 };
 
 // The CPU's kernels by one table: for tests. cpu_kernels() takes the last.

@@ -1,0 +1,115 @@
+// Low rank, PowerSGD's form (Vogels, Karimireddy, Jaggi, NeurIPS 2019): two factors of k columns
+// are all-reduced, P = mean X_i W and R = mean X_i^T P^ with P^ = orth(P), and everybody applies C
+// = P^ R^T. W (n x k) is the R of the step before, its columns at unit norm: the subspace is
+// iterated from step to step.
+//
+//   first payload,  work type:  flags | m x k products P_i | dense tensors of that type
+//   second payload, wire type:  R_i^T, k x n | dense tensors of the wire's type
+//
+// What rank i has sent is C_i = P^ R_i^T, with R_i as rounded to the wire: the rest stays in e_i.
+#include "kernels/low_rank.h"
+
+#include <algorithm>
+
+#include "compress/compressor.h"
+
+namespace arc_topk {
+namespace {
+
+const LowRankKernels& kernels_of(const Step& step) { return *step.kernels().low_rank(); }
+
+class LowRank final : public Compressor {
+ public:
+  const char* name() const override { return "low_rank"; }
+  bool factorises() const override { return true; }
+
+  // The most columns whose bytes are the ratio's share of the dense ones, or as many as are asked
+  // for; with min(m, n) of them C is the mean message itself.
+  int64_t kept(const Matrix& x, const Types& types, const Config& config) const override {
+    const int64_t column = size_of(types.work()) * x.rows + size_of(types.wire) * x.cols;
+    // A product may land a hair below the integer that was meant.
+    const double bytes = config.ratio * static_cast<double>(x.dense_bytes) * (1 + 1e-12);
+    const int64_t k = config.rank.value_or(
+        static_cast<int64_t>(bytes / static_cast<double>(std::max<int64_t>(column, 1))));
+    return std::clamp<int64_t>(k, 1, std::max<int64_t>(1, std::min(x.rows, x.cols)));
+  }
+
+  // P^ and R_i in the work type, W in float32.
+  int64_t factor_bytes(const Matrix& x, const Types& types) const override {
+    return x.kept * (size_of(types.work()) * (x.rows + x.cols) + size_of(DType::kF32) * x.cols);
+  }
+
+  // 4 k m + w k n, and the flag.
+  int64_t wire_bytes(const Matrix& x, const Types& types, const Config&) const override {
+    return size_of(types.work()) * (x.kept * x.rows + 1) + size_of(types.wire) * x.kept * x.cols;
+  }
+
+  void lay_out(Plan& plan, const Config&) const override {
+    int64_t& first = plan.first_numel;
+    int64_t& second = plan.second_numel;
+    plan.flags_in_first = true;
+    plan.flags_at = 0;
+    first = plan.num_flags;
+    for (Segment& s : plan.segments) {
+      if (s.compressed()) {
+        s.sketch = first;
+        first += s.rows * s.kept;
+        s.packed = second;
+        second += s.kept * s.cols;
+        lay_out_factors(plan, s);
+      } else {
+        s.dense_in_first = plan.types.dense == plan.types.work();
+        int64_t& payload = s.dense_in_first ? first : second;
+        s.packed = payload;
+        payload += s.numel;
+      }
+    }
+  }
+
+  void prepare(Step& step) const override {
+    step.enter(Phase::kPrepare);
+    kernels_of(step).prepare(step.bucket(), step.seed(), step.number());
+  }
+
+  void exchange(Step& step) const override {
+    const Bucket& bucket = step.bucket();
+    const LowRankKernels& kernels = kernels_of(step);
+
+    step.all_reduce_first(Phase::kFirstCollective);
+
+    step.enter(Phase::kSelect);
+    kernels.orthonormalise(bucket);
+
+    step.enter(Phase::kPack);
+    kernels.multiply_back(bucket);
+
+    step.all_reduce_second(Phase::kSecondCollective);
+
+    step.enter(Phase::kApply);
+    kernels.apply(bucket);
+  }
+
+  void reclaim(Step& step) const override { kernels_of(step).reclaim(step.bucket()); }
+  void settle(Step& step) const override { kernels_of(step).settle(step.bucket()); }
+
+ private:
+  static void lay_out_factors(Plan& plan, Segment& s) {
+    const int64_t strips = (s.rows + kStripRows - 1) / kStripRows;
+    const int64_t right = s.kept * factor_stride(s.cols);
+    s.left = plan.num_left;
+    s.right = plan.num_right;
+    s.partial = plan.num_partial;
+    plan.num_left += s.rows * s.kept;
+    plan.num_right += right;
+    plan.num_partial += strips * right;
+  }
+};
+
+}  // namespace
+
+const Compressor& low_rank() {
+  static const LowRank compressor;
+  return compressor;
+}
+
+}  // namespace arc_topk

@@ -1,0 +1,295 @@
+// Low rank's kernels: the same bits from every instruction set and number of threads, and what must
+// hold whatever the numbers are. The equations themselves: tests/python/test_low_rank.py.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "compress/make_plan.h"
+#include "cpu_against_loops.h"
+#include "kernels/low_rank.h"
+#include "state/bucket_state.h"
+
+namespace arc_topk {
+namespace {
+
+using ::arc_topk::testing::all_tables;
+using Sizes = std::vector<std::vector<int64_t>>;
+
+// Widths around a register and a block, several strips, a row that is cut short (by row_width).
+const Sizes kShapes = {{37, 53}, {5, 1100}, {1030, 9}, {64, 16}, {7}, {1, 300}, {300, 1}, {2, 512}};
+
+struct Setting {
+  at::ScalarType gradient;
+  DType wire;
+  DType state = DType::kF32;
+  FeedbackKind feedback = FeedbackKind::kEF14;
+  std::optional<int64_t> row_width{};
+  int64_t rank = 5;
+};
+
+const Setting kSettings[] = {
+    {at::kFloat, DType::kF32},
+    {at::kFloat, DType::kBF16, DType::kBF16},
+    {at::kFloat, DType::kF32, DType::kF32, FeedbackKind::kNone},
+    {at::kDouble, DType::kF64},
+    {at::kBFloat16, DType::kF16, DType::kF32, FeedbackKind::kNone},
+    {at::kHalf, DType::kF32, DType::kF32, FeedbackKind::kEF14, 150, 3},
+};
+
+// One rank alone: what is all-reduced stays as it is.
+class OneRank {
+ public:
+  explicit OneRank(const Setting& setting, const LowRankKernels& kernels,
+                   bool may_be_unused = false)
+      : kernels_(kernels) {
+    Config config;
+    config.compressor = "low_rank";
+    config.feedback = setting.feedback;
+    config.rank = setting.rank;
+    config.row_width = setting.row_width;
+    config.wire_dtype = setting.wire;
+    config.state_dtype = setting.state;
+    config.compress_without_gain = true;
+    std::vector<Layout> layouts;
+    std::vector<Shape> shapes;
+    int64_t numel = 0;
+    for (const auto& sizes : kShapes) {
+      const at::Tensor like = at::empty(sizes);
+      layouts.push_back({at::DimVector(like.sizes()), at::DimVector(like.strides())});
+      shapes.push_back(shape_of(like.sizes(), like.strides()));
+      shapes.back().stream = static_cast<uint32_t>(shapes.size());
+      numel += like.numel();
+    }
+    gradient_ = at::zeros({numel}, setting.gradient);
+    state_ = make_bucket_state(config, low_rank(), 1, layouts, shapes, gradient_, may_be_unused);
+    state_->take(gradient_);
+  }
+
+  // One step; settles before it where asked to.
+  void step(const at::Tensor& g, uint64_t number, bool settles = false) {
+    if (settles) kernels_.settle(state_->bucket);
+    gradient_.copy_(g);
+    kernels_.prepare(state_->bucket, 11, number);
+    kernels_.orthonormalise(state_->bucket);
+    kernels_.multiply_back(state_->bucket);
+    kernels_.apply(state_->bucket);
+  }
+  void settle() { kernels_.settle(state_->bucket); }
+  at::Tensor residual() {
+    settle();
+    return state_->own_a.clone();
+  }
+
+  std::vector<at::Tensor> everything() const {
+    std::vector<at::Tensor> all{gradient_, state_->left, state_->basis, state_->picks};
+    for (const at::Tensor& one : {state_->own_a, state_->right}) {
+      if (one.defined()) all.push_back(one);
+    }
+    if (!state_->second.empty()) all.push_back(state_->second[0]);
+    return all;
+  }
+  const BucketState& state() const { return *state_; }
+  const at::Tensor& result() const { return gradient_; }
+
+ private:
+  const LowRankKernels& kernels_;
+  at::Tensor gradient_;
+  std::unique_ptr<BucketState> state_;
+};
+
+at::Tensor random_gradient(int64_t numel, uint64_t seed) {
+  auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  return at::randn({numel}, generator, at::TensorOptions(at::kDouble));
+}
+
+bool same_bits(const at::Tensor& a, const at::Tensor& b) {
+  return a.nbytes() == b.nbytes() &&
+         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
+}
+
+void expect_same(const OneRank& a, const OneRank& b, const std::string& where) {
+  const auto x = a.everything(), y = b.everything();
+  ASSERT_EQ(x.size(), y.size());
+  for (size_t i = 0; i < x.size(); ++i)
+    EXPECT_TRUE(same_bits(x[i], y[i])) << where << ", array " << i;
+}
+
+const LowRankKernels& best() { return *cpu_kernels().low_rank(); }
+
+TEST(LowRank, EveryInstructionSetGivesTheSameBits) {
+  for (const Setting& setting : kSettings) {
+    OneRank expected(setting, best());
+    std::vector<std::unique_ptr<OneRank>> others;
+    for (const cpu::Rows* table : all_tables())
+      others.push_back(std::make_unique<OneRank>(setting, *cpu::kernels_with(*table).low_rank()));
+    for (uint64_t number = 0; number < 3; ++number) {
+      const at::Tensor g = random_gradient(expected.result().numel(), number);
+      expected.step(g, number);
+      ASSERT_TRUE(expected.result().isfinite().all().item<bool>());
+      for (size_t i = 0; i < others.size(); ++i) {
+        others[i]->step(g, number);
+        expect_same(*others[i], expected, all_tables()[i]->isa);
+      }
+    }
+  }
+}
+
+TEST(LowRank, TheNumberOfThreadsChangesNoBit) {
+  const int before = at::get_num_threads();
+  for (const Setting& setting : kSettings) {
+    OneRank one(setting, best()), three(setting, best());
+    for (uint64_t number = 0; number < 3; ++number) {
+      const at::Tensor g = random_gradient(one.result().numel(), number);
+      at::set_num_threads(1);
+      one.step(g, number);
+      at::set_num_threads(3);
+      three.step(g, number);
+    }
+    at::set_num_threads(before);
+    expect_same(one, three, "threads");
+  }
+}
+
+TEST(LowRank, AResidualThatIsWrittenDownBetweenStepsChangesNoLaterBit) {
+  for (const Setting& setting : kSettings) {
+    OneRank straight(setting, best()), settled(setting, best());
+    for (uint64_t number = 0; number < 4; ++number) {
+      const at::Tensor g = random_gradient(straight.result().numel(), number);
+      straight.step(g, number);
+      settled.step(g, number, /*settles=*/true);
+      expect_same(straight, settled, "step " + std::to_string(number));
+    }
+  }
+}
+
+// Columns of unit norm, orthogonal to each other; others zero.
+void expect_orthonormal(const BucketState& state) {
+  for (const Segment& s : state.plan.segments) {
+    if (!s.compressed()) continue;
+    const at::Tensor left =
+        state.left.narrow(0, s.left, s.rows * s.kept).view({s.rows, s.kept}).to(at::kDouble);
+    const at::Tensor gram = left.t().matmul(left);
+    const at::Tensor wanted = at::diag((gram.diagonal() > 0.5).to(at::kDouble));
+    EXPECT_LT((gram - wanted).abs().max().item<double>(), 1e-6) << s.rows << " x " << s.cols;
+    const at::Tensor w =
+        state.basis.as_strided({s.kept, s.cols}, {factor_stride(s.cols), 1}, s.right);
+    const at::Tensor norms = w.to(at::kDouble).norm(2, 1);
+    EXPECT_TRUE(((norms - 1).abs().lt(1e-6) | norms.eq(0)).all().item<bool>());
+  }
+}
+
+TEST(LowRank, MessagesOfAnySizeAndRankLoseNothing) {
+  constexpr double kHuge = 1e30, kTiny = 1e-30;
+  for (const double scale : {1.0, kHuge, kTiny, 0.0}) {
+    for (const bool of_rank_one : {false, true}) {
+      OneRank rank({at::kFloat, DType::kF32}, best());
+      at::Tensor owed = at::zeros({rank.result().numel()}, at::kDouble);
+      for (uint64_t number = 0; number < 4; ++number) {
+        at::Tensor g = random_gradient(owed.numel(), number);
+        if (of_rank_one) g.fill_(1);
+        g = (g * scale).to(at::kFloat).to(at::kDouble);
+        rank.step(g, number);
+        expect_orthonormal(rank.state());
+        const at::Tensor result = rank.result().to(at::kDouble);
+        ASSERT_TRUE(result.isfinite().all().item<bool>());
+        owed += g - result;
+        // One rank: C_i = C. The vector stays dense and owes nothing.
+        const at::Tensor left = rank.residual().to(at::kDouble);
+        EXPECT_LE((left - owed).abs().max().item<double>(), 2e-5 * scale);
+        if (of_rank_one) {
+          EXPECT_LE(left.abs().max().item<double>(), 1e-5 * scale);
+        }
+      }
+    }
+  }
+}
+
+TEST(LowRank, TheLargestNumbersLeaveAFiniteState) {
+  const float largest = std::numeric_limits<float>::max();
+  for (const DType wire : {DType::kF32, DType::kF16}) {
+    OneRank rank({at::kFloat, wire}, best());
+    for (uint64_t number = 0; number < 4; ++number) {
+      const at::Tensor g = random_gradient(rank.result().numel(), number);
+      rank.step(g.sign() * static_cast<double>(largest), number);
+      EXPECT_TRUE(rank.residual().isfinite().all().item<bool>());
+      EXPECT_TRUE(rank.state().basis.isfinite().all().item<bool>());
+      EXPECT_TRUE(rank.state().left.isfinite().all().item<bool>());
+    }
+  }
+}
+
+TEST(LowRank, AStepThatDoesNotCountLeavesStateAndBasis) {
+  for (const Setting& setting : kSettings) {
+    if (setting.feedback == FeedbackKind::kNone) continue;
+    OneRank rank(setting, best(), /*may_be_unused=*/true);
+    for (uint64_t number = 0; number < 2; ++number)
+      rank.step(random_gradient(rank.result().numel(), number), number);
+    const at::Tensor basis = rank.state().basis.clone();
+    const at::Tensor left = rank.state().left.clone();
+    const at::Tensor right = rank.state().right.clone();
+
+    rank.step(at::zeros({rank.result().numel()}), 2);
+    EXPECT_FALSE(rank.result().any().item<bool>());
+    EXPECT_TRUE(same_bits(rank.state().right, right)) << "what was sent before is still pending";
+    const at::Tensor owed = rank.residual();
+
+    at::Tensor bad = random_gradient(rank.result().numel(), 3);
+    for (const Segment& s : rank.state().plan.segments)
+      bad[s.offset + s.numel / 2] = std::numeric_limits<double>::quiet_NaN();
+    rank.step(bad, 3);
+    EXPECT_TRUE(same_bits(rank.state().basis, basis));
+    EXPECT_TRUE(same_bits(rank.state().left, left));
+    for (const Segment& s : rank.state().plan.segments) {
+      if (!s.compressed()) continue;
+      EXPECT_TRUE(rank.result().narrow(0, s.offset, s.numel).isnan().all().item<bool>());
+    }
+    const at::Tensor after = rank.residual();
+    const double unit = setting.state == DType::kBF16 ? 0.1 : 1e-5;
+    EXPECT_LT((after - owed).abs().max().item<double>(), unit);
+  }
+}
+
+TEST(LowRank, AStepThatFailsBehindPrepareOwesAllOfIt) {
+  OneRank rank({at::kFloat, DType::kF32}, best());
+  const at::Tensor g = random_gradient(rank.result().numel(), 0);
+  rank.step(g, 0);
+  const at::Tensor before = rank.residual();
+  OneRank failed({at::kFloat, DType::kF32}, best());
+  failed.step(g, 0);
+  at::Tensor buffer = failed.result();
+  buffer.copy_(g);
+  best().prepare(failed.state().bucket, 11, 1);
+  const at::Tensor after = failed.residual();
+  for (const Segment& s : failed.state().plan.segments) {
+    if (!s.compressed()) continue;
+    const auto part = [&](const at::Tensor& x) { return x.narrow(0, s.offset, s.numel); };
+    EXPECT_LT((part(after) - part(before) - part(g)).abs().max().item<double>(), 1e-5);
+  }
+}
+
+TEST(LowRank, KIsWhatTheRatioPaysForOrWhatIsAskedFor) {
+  Config config;
+  config.compressor = "low_rank";
+  const auto columns = [&](int64_t rows, int64_t cols, DType type = DType::kF32) {
+    return make_plan(config, low_rank(), type, {{rows * cols, 2, rows, 0}}, 2).segments[0].kept;
+  };
+  config.ratio = 0.1;
+  EXPECT_EQ(columns(100, 50), 3);
+  EXPECT_EQ(columns(1000, 1000), 50);
+  config.ratio = 1e-6;
+  EXPECT_EQ(columns(100, 50), 1);
+  EXPECT_EQ(columns(3, 1), 0) << "as many bytes as dense";
+  config.rank = 7;
+  EXPECT_EQ(columns(100, 50), 7);
+  EXPECT_EQ(columns(1000, 9), 7);
+  config.compress_without_gain = true;
+  EXPECT_EQ(columns(100, 4), 4);
+}
+
+}  // namespace
+}  // namespace arc_topk

@@ -1,0 +1,181 @@
+"""The oracle's low rank against the identities of its equations."""
+
+import math
+
+import pytest
+import torch
+from test_reference import BF16, F16, F32, F64, gradients, randn, wire
+
+from arc_topk import reference as ref
+from arc_topk.reference import Oracle
+
+
+def orthogonality(p):
+    """How far the columns are from orthonormal or zero."""
+    gram = p.T @ p
+    return float((gram - torch.diag((gram.diagonal() > 0.5).double())).abs().max())
+
+
+@pytest.mark.parametrize("m", [1, 7, 50])
+def test_orthonormal_columns_span_what_the_columns_do(m):
+    p = randn(m, min(m, 4))
+    q = ref.orthonormalise(p, 2.0**-40)
+    assert orthogonality(q) < 1e-14
+    assert torch.allclose(q @ (q.T @ p), p, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1.0, 1e30, 1e300])
+def test_columns_that_add_nothing_become_zero(scale):
+    a, b = randn(30, 2).unbind(1)
+    zero = torch.zeros(30, dtype=F64)
+    q = ref.orthonormalise(torch.stack([a, zero, a, b, a - 2 * b, -a], 1) * scale, 2.0**-20)
+    assert q.isfinite().all()
+    assert [bool(column.any()) for column in q.unbind(1)] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert orthogonality(q) < 1e-14
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_column_that_has_overflowed_counts_as_zero(bad):
+    p = randn(9, 3)
+    p[4, 1] = bad
+    q = ref.orthonormalise(p, 2.0**-20)
+    assert not q[:, 1].any() and orthogonality(q) < 1e-14
+    assert q[:, 0].any() and q[:, 2].any()
+
+
+def test_nearly_parallel_columns_are_orthogonal_all_the_same():
+    a = randn(40, 1)
+    p = torch.cat([a, a + 1e-5 * randn(40, 1, seed=1), a + 1e-5 * randn(40, 1, seed=2)], 1)
+    q = ref.orthonormalise(p, 2.0**-20)
+    assert orthogonality(q) < 1e-14 and q.any(dim=0).all()
+
+
+def test_only_zero_columns_are_drawn_and_all_columns_have_unit_norm():
+    w = ref.unit_columns(torch.tensor([[3.0, 0, 1e-300], [4, 0, 0]], dtype=F64))
+    assert torch.equal(w, torch.tensor([[0.6, 0, 1], [0.8, 0, 0]]))
+    filled = ref.drawn(w, seed=1, step=2, stream=3)
+    assert torch.equal(filled[:, [0, 2]], w[:, [0, 2]])
+    assert float(filled[:, 1].norm()) == pytest.approx(1, abs=1e-6)
+    others = [ref.drawn(w, *key)[:, 1] for key in ((0, 2, 3), (1, 0, 3), (1, 2, 0))] + [
+        ref.drawn(torch.zeros(2, 3), 1, 2, 3)[:, 2]
+    ]
+    assert not any(torch.equal(other, filled[:, 1]) for other in others)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 7), (7, 1), (7, 7), (20, 6), (6, 20)])
+def test_full_rank_gives_the_plain_mean(m, n):
+    x = [randn(m, n, seed=i) for i in range(3)]
+    w = ref.drawn(torch.zeros(n, min(m, n)), 0, 0, 0)
+    result, _ = ref.low_rank(x, w, wire(3))
+    assert torch.allclose(result.mean, sum(x) / 3, rtol=1e-10, atol=1e-10)
+    for own, xi in zip(result.own, x, strict=True):
+        if m <= n:  # then P^ P^T = 1, whatever the message
+            assert torch.allclose(own, xi, rtol=1e-10, atol=1e-10)
+
+
+def test_a_mean_of_low_rank_is_sent_whole_whatever_the_ranks_own():
+    """C = P^ P^T mean X: exact where k columns span mean X, though no X_i is of that rank."""
+    mean = randn(12, 2) @ randn(2, 9, seed=1)
+    noise = randn(3, 12, 9, seed=2)
+    x = list(mean + noise - noise.mean(dim=0))
+    result, _ = ref.low_rank(x, ref.drawn(torch.zeros(9, 2), 0, 0, 0), wire(3))
+    assert torch.allclose(result.mean, mean, rtol=1e-10, atol=1e-10)
+
+
+def test_the_mean_is_contracted_and_the_warm_basis_finds_the_strongest_directions():
+    """||C - mean X|| <= ||mean X||; repeated, the best approximation of that rank is reached."""
+    x = [randn(30, 20, seed=i) for i in range(2)]
+    mean = sum(x) / 2
+    best = float(torch.linalg.svdvals(mean)[3:].norm())
+    w, errors = torch.zeros(20, 3), []
+    for step in range(200):
+        result, w = ref.low_rank(x, ref.drawn(w, 0, step, 0), wire(2))
+        errors.append(float((result.mean - mean).norm()))
+    assert errors[0] < float(mean.norm())
+    assert errors[-1] == pytest.approx(best, rel=1e-3)
+
+
+def run(feedback, dtype, steps=4, world_size=3, check=None, **config):
+    shapes = [(20, 6), (5,), (4, 5, 2, 3)]
+    oracle = Oracle(
+        shapes, dtype, world_size, compressor="low_rank", feedback=feedback, ratio=0.4, **config
+    )
+    results = []
+    for step in range(steps):
+        g = gradients(shapes, world_size, dtype, step)
+        results = oracle.step(g)
+        if check is not None:
+            check(oracle, g, results)
+    return oracle, results
+
+
+@pytest.mark.parametrize("wire_dtype", [None, BF16, F16])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+def test_ef14_loses_nothing(dtype, wire_dtype):
+    """C_i + e_i = g_i + e_i(old), but for the rounding of e_i."""
+    old = {}
+    seen = set()
+
+    def check(oracle, g, results):
+        for t, result in enumerate(results):
+            if result.kind != "compressed":
+                continue
+            seen.add(t)
+            for i, own in enumerate(result.compressed.own):
+                e = oracle.states[i][t].e
+                sum_before = g[i][t].flatten().to(e.dtype) + old.get((i, t), torch.zeros_like(e))
+                unit = torch.finfo(e.dtype).eps * (1 + float(sum_before.abs().max()))
+                assert ((oracle.views[t].flat(own) + e - sum_before).abs() <= unit).all()
+                old[i, t] = e
+
+    run("ef14", dtype, wire_dtype=wire_dtype, check=check)
+    assert seen == {0, 2}
+
+
+@pytest.mark.parametrize("feedback", ["none", "ef14"])
+def test_a_step_that_does_not_count_leaves_the_basis(feedback):
+    oracle, _ = run(feedback, F64, may_be_unused=True)
+    before = oracle.bases[0].clone()
+    for make in (torch.zeros_like, lambda g: torch.full_like(g, math.nan)):
+        g = gradients([(20, 6), (5,), (4, 5, 2, 3)], 3, F64, 99)
+        for own in g:
+            own[0] = make(own[0])
+        assert oracle.step(g)[0].kind in ("unused", "non-finite")
+        assert torch.equal(oracle.bases[0], before)
+
+
+def test_zeros_owe_nothing_more_in_the_end():
+    oracle, _ = run("ef14", F64)
+    for _ in range(100):
+        oracle.step([[torch.zeros(20, 6), torch.zeros(5), torch.zeros(4, 5, 2, 3)]] * 3)
+    mean = sum(oracle.state("e", i, 0) for i in range(3)) / 3
+    assert float(mean.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "k", "wire_bytes"),
+    [
+        ((100, 50), {"ratio": 0.1}, 3, 4 * (3 * 150 + 1)),
+        ((100, 50), {"ratio": 0.1, "wire_dtype": BF16}, 4, 4 * (4 * 100 + 1) + 2 * 4 * 50),
+        ((100, 50), {"ratio": 1e-6}, 1, 4 * (150 + 1)),
+        ((100, 50), {"rank": 7}, 7, 4 * (7 * 150 + 1)),
+        ((100, 50), {"ratio": 0.03, "rank": 1}, 1, 4 * (150 + 1)),
+        ((100,), {"rank": 7}, None, 400),
+        ((100, 50), {"rank": 50}, None, 4 * 5000),  # more than dense
+        ((100, 2), {"rank": 50}, None, 4 * 200),
+        ((9, 1), {"ratio": 0.1}, None, 36),
+        ((100,), {"rank": 1, "row_width": 10}, 1, 4 * 21),
+    ],
+)
+def test_bytes_of_the_plan(shape, options, k, wire_bytes):
+    oracle = Oracle([shape], F32, 2, compressor="low_rank", **options)
+    view = oracle.views[0]
+    assert (view.k if view.compressed else None) == k
+    assert oracle.wire_bytes == wire_bytes
