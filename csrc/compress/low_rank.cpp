@@ -51,12 +51,13 @@ class LowRank final : public Compressor {
     plan.flags_at = 0;
     first = plan.num_flags;
     for (Segment& s : plan.segments) {
+      FactorPlace& place = plan.factors.emplace_back();
       if (s.compressed()) {
         s.sketch = first;
         first += s.rows * s.kept;
         s.packed = second;
         second += s.kept * s.cols;
-        lay_out_factors(plan, s);
+        lay_out_factors(plan, s, place);
       } else {
         s.dense_in_first = plan.types.dense == plan.types.work();
         int64_t& payload = s.dense_in_first ? first : second;
@@ -93,12 +94,10 @@ class LowRank final : public Compressor {
   void settle(Step& step) const override { kernels_of(step).settle(step.bucket()); }
 
  private:
-  static void lay_out_factors(Plan& plan, Segment& s) {
+  static void lay_out_factors(Plan& plan, const Segment& s, FactorPlace& place) {
     const int64_t strips = (s.rows + kStripRows - 1) / kStripRows;
     const int64_t right = s.kept * factor_stride(s.cols);
-    s.left = plan.num_left;
-    s.right = plan.num_right;
-    s.partial = plan.num_partial;
+    place = {plan.num_left, plan.num_right, plan.num_partial};
     plan.num_left += s.rows * s.kept;
     plan.num_right += right;
     plan.num_partial += strips * right;

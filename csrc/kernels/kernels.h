@@ -39,9 +39,6 @@ struct Segment {
   int64_t key;      // compressed: its m rows among those of all compressed segments
   int64_t pick;     // compressed: its K selected rows
   int64_t large;    // compressed, of more than kManyRows rows: its place among such
-  int64_t left;     // low rank: its P^, m x kept, among the left factors
-  int64_t right;    // low rank: its columns of n elements, `kept` of them, factor_stride(n) apart
-  int64_t partial;  // low rank: as many for each strip of rows
   uint32_t stream;  // tells the tensors of one bucket apart in random numbers
   bool dense_in_first;  // dense: rides in the first payload (work type), not the second
 
@@ -76,14 +73,22 @@ enum class Outcome : uint8_t {
   kNonFinite,  // a NaN or infinity on some rank: the result is NaN, the state is as before the step
 };
 
+// Low rank: where the factors of a segment lie.
+struct FactorPlace {
+  int64_t left;     // its P^, m x k, among those of all
+  int64_t right;    // its k columns of n elements, factor_stride(n) apart
+  int64_t partial;  // as many for each strip of rows
+};
+
 // Low rank: what lies between steps, or only within one, beside payloads and state. The residual is
 // own_a - P^ R_i^T at any moment; see kernels/low_rank.h.
 struct Factors {
-  void* left;          // work type: P^ of each matrix
-  void* right;         // work type: R_i as sent; zero where own_a is the residual itself
-  float* basis;        // W; columns of zeros are drawn when next needed
-  void* partial;       // work type: sums of X_i^T P^ over strips of rows; then, in the first, R
-  const Piece* tiles;  // see cut_into_tiles()
+  void* left;                 // work type: P^ of each matrix
+  void* right;                // work type: R_i as sent; zero where own_a is the residual itself
+  float* basis;               // W; columns of zeros are drawn when next needed
+  void* partial;              // work type: X_i^T P^ by strips of rows; then, in the first, R
+  const FactorPlace* places;  // a segment each
+  const Piece* tiles;         // see cut_into_tiles()
   int64_t num_tiles;
   int64_t left_numel;  // of all matrices
 };

@@ -55,12 +55,13 @@ struct Plan {
   int64_t num_flags = 0;
   int64_t num_large = 0;
   int64_t num_picks = 0;
-  int64_t num_left = 0;      // low rank: elements of all left factors,
-  int64_t num_right = 0;     // of all right ones,
-  int64_t num_partial = 0;   // and of their sums over strips
-  int64_t first_numel = 0;   // work type
-  int64_t second_numel = 0;  // wire type
-  int64_t flags_at = 0;      // element within the payload that carries the flags
+  std::vector<FactorPlace> factors;  // low rank: a segment each
+  int64_t num_left = 0;              // low rank: elements of all left factors,
+  int64_t num_right = 0;             // of all right ones,
+  int64_t num_partial = 0;           // and of their sums over strips
+  int64_t first_numel = 0;           // work type
+  int64_t second_numel = 0;          // wire type
+  int64_t flags_at = 0;              // element within the payload that carries the flags
   bool flags_in_first = true;
 
   int64_t resync_every = 0;  // steps from one resync of h to the next; 0: never

@@ -70,6 +70,7 @@ void allocate_factors(BucketState& s, c10::Device device) {
                       data_of(s.right),
                       static_cast<float*>(data_of(s.basis)),
                       data_of(s.partial),
+                      upload(plan.factors, s.place_table, device),
                       upload(s.tiles, s.tile_table, device),
                       static_cast<int64_t>(s.tiles.size()),
                       plan.num_left};

@@ -44,8 +44,9 @@ struct BucketState {
   std::vector<at::Tensor> gradient, first, second, message;
   at::Tensor gathered;
   at::Tensor picks, marks, scratch, withheld, is_withheld;
-  at::Tensor energy;                                  // an Energy, as two doubles
-  at::Tensor segment_table, piece_table, tile_table;  // of a device with a memory of its own
+  at::Tensor energy;  // an Energy, as two doubles
+  at::Tensor segment_table, piece_table, place_table,
+      tile_table;  // of a device with a memory of its own
   // Of this step and the one before, in turns: Bucket::loss_scale and scale_before.
   struct Scale {
     at::Tensor both, up, down;  // up and down are its two numbers

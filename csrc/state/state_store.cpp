@@ -32,7 +32,8 @@ void carry(const at::Tensor& to, int64_t to_offset, const Layout& to_layout, con
 at::Tensor basis_of(const BucketState& bucket, size_t index) {
   const Segment& s = bucket.plan.segments[index];
   if (!bucket.basis.defined() || !s.compressed()) return {};
-  return bucket.basis.as_strided({s.kept, s.cols}, {factor_stride(s.cols), 1}, s.right);
+  return bucket.basis.as_strided({s.kept, s.cols}, {factor_stride(s.cols), 1},
+                                 bucket.plan.factors[index].right);
 }
 
 // As many columns of W as there are in both; those of another length are drawn anew.

@@ -63,14 +63,15 @@ void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>
     ASSERT_LE(s.cols, plan.max_cols);
     ASSERT_GE(s.flag, 0);
     ASSERT_LT(s.flag, plan.num_flags);
-    if (s.has_many_rows()) {
-      ASSERT_EQ(s.large, large++);
-    }
     const bool factorises = config.compressor == "low_rank";
     if (!factorises) picks.push_back({s.pick, s.pick + s.kept});
+    if (!factorises && s.has_many_rows()) {
+      ASSERT_EQ(s.large, large++);
+    }
     if (factorises) {
       ASSERT_LE(s.kept, s.cols);
-      left.push_back({s.left, s.left + s.rows * s.kept});
+      const int64_t at = plan.factors[static_cast<size_t>(&s - plan.segments.data())].left;
+      left.push_back({at, at + s.rows * s.kept});
       first.push_back({s.sketch, s.sketch + s.rows * s.kept});
     }
     second.push_back({s.packed, s.packed + s.kept * s.cols});

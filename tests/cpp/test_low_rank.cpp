@@ -169,15 +169,17 @@ TEST(LowRank, AResidualThatIsWrittenDownBetweenStepsChangesNoLaterBit) {
 
 // Columns of unit norm, orthogonal to each other; others zero.
 void expect_orthonormal(const BucketState& state) {
-  for (const Segment& s : state.plan.segments) {
+  for (size_t i = 0; i < state.plan.segments.size(); ++i) {
+    const Segment& s = state.plan.segments[i];
+    const FactorPlace& place = state.plan.factors[i];
     if (!s.compressed()) continue;
     const at::Tensor left =
-        state.left.narrow(0, s.left, s.rows * s.kept).view({s.rows, s.kept}).to(at::kDouble);
+        state.left.narrow(0, place.left, s.rows * s.kept).view({s.rows, s.kept}).to(at::kDouble);
     const at::Tensor gram = left.t().matmul(left);
     const at::Tensor wanted = at::diag((gram.diagonal() > 0.5).to(at::kDouble));
     EXPECT_LT((gram - wanted).abs().max().item<double>(), 1e-6) << s.rows << " x " << s.cols;
     const at::Tensor w =
-        state.basis.as_strided({s.kept, s.cols}, {factor_stride(s.cols), 1}, s.right);
+        state.basis.as_strided({s.kept, s.cols}, {factor_stride(s.cols), 1}, place.right);
     const at::Tensor norms = w.to(at::kDouble).norm(2, 1);
     EXPECT_TRUE(((norms - 1).abs().lt(1e-6) | norms.eq(0)).all().item<bool>());
   }

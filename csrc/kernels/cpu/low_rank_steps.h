@@ -14,19 +14,25 @@ inline bool remembers(const Bucket& b) { return b.factors.right != nullptr; }
 // --- where things lie
 // -----------------------------------------------------------------------------
 
+inline const FactorPlace& place_of(const Bucket& b, const Segment& s) {
+  return b.factors.places[&s - b.segments];
+}
 template <class T>
 inline T* left_of(const Bucket& b, const Segment& s) {
-  return static_cast<T*>(b.factors.left) + s.left;
+  return static_cast<T*>(b.factors.left) + place_of(b, s).left;
 }
 template <class T>
 inline T* right_of(const Bucket& b, const Segment& s) {
-  return static_cast<T*>(b.factors.right) + s.right;
+  return static_cast<T*>(b.factors.right) + place_of(b, s).right;
 }
-inline float* basis_of(const Bucket& b, const Segment& s) { return b.factors.basis + s.right; }
+inline float* basis_of(const Bucket& b, const Segment& s) {
+  return b.factors.basis + place_of(b, s).right;
+}
 // The sums of a strip; of the first one, after apply(), R.
 template <class T>
 inline T* partial_of(const Bucket& b, const Segment& s, int64_t strip) {
-  return static_cast<T*>(b.factors.partial) + s.partial + strip * s.kept * factor_stride(s.cols);
+  return static_cast<T*>(b.factors.partial) + place_of(b, s).partial +
+         strip * s.kept * factor_stride(s.cols);
 }
 
 template <class T>
@@ -210,7 +216,7 @@ inline void settle(const Bucket& b, const Piece& p) {
 inline void orthonormalise(const Bucket& b, const Segment& s) {
   with_work_type(b, [&]<class T>(T) {
     orthonormalise(static_cast<const T*>(b.first) + s.sketch, s.rows, s.kept,
-                   static_cast<double*>(b.scratch) + s.left, left_of<T>(b, s));
+                   static_cast<double*>(b.scratch) + place_of(b, s).left, left_of<T>(b, s));
   });
 }
 

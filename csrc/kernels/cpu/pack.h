@@ -2,6 +2,8 @@
 #pragma once
 
 #include "kernels/cpu/levels.h"
+#include "kernels/cpu/prepare.h"
+#include "kernels/cpu/rows.h"
 #include "kernels/wire.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
