@@ -33,7 +33,6 @@ class ArcTopK final : public Compressor {
       if (s.compressed()) {
         s.sketch = first;
         first += s.rows * config.sketch_dim;
-        s.units = first;
         if (plan.types.has_units()) first += s.rows;
         s.packed = second;
         second += s.kept * s.cols;

@@ -34,7 +34,6 @@ struct Segment {
   int64_t kept;     // K, low rank: k; 0 for a tensor that stays dense (rows = numel, cols = 1)
   int64_t flag;     // compressed: its place among the flags
   int64_t sketch;   // compressed: its m x r sketch in the first payload (row-major); low rank: P
-  int64_t units;    // compressed, on an uint8 wire: its m rows' units in the first payload
   int64_t packed;   // its K x n rows, R^T, or its dense copy, in the payload that carries them
   int64_t key;      // compressed: its m rows among those of all compressed segments
   int64_t pick;     // compressed: its K selected rows
@@ -43,6 +42,8 @@ struct Segment {
   bool dense_in_first;  // dense: rides in the first payload (work type), not the second
 
   constexpr bool compressed() const { return kept > 0; }
+  // Compressed, on an uint8 wire: its m rows' units in the first payload, behind the sketch.
+  constexpr int64_t units(int64_t sketch_dim) const { return sketch + rows * sketch_dim; }
   constexpr bool has_many_rows() const { return compressed() && rows > kManyRows; }
 };
 

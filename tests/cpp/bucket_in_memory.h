@@ -152,7 +152,6 @@ class BucketInMemory {
         s.key = keys;
         s.pick = picks;
         first += s.rows * spec.sketch_dim;
-        s.units = first;
         if (spec.wire == DType::kU8) first += s.rows;
         second += s.kept * s.cols;
         keys += s.rows;

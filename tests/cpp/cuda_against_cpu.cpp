@@ -105,7 +105,8 @@ void Pair::expect_close_first(const char* when) const {
     const double rounding = s.compressed() ? 2e-5 * std::sqrt(static_cast<double>(s.cols)) : 0;
     for (int64_t i = begin; i < end; ++i)
       expect_close(host.first(i), cuda.first(i), rounding, when, "first payload", i);
-    for (int64_t i = s.units; s.compressed() && i < s.units + s.rows; ++i) {
+    const int64_t units = s.units(host.b.sketch_dim);
+    for (int64_t i = units; s.compressed() && i < units + s.rows; ++i) {
       if (host.b.wire_type == DType::kU8)
         expect_close(host.first(i), cuda.first(i), 1e-6 * host.first(i), when, "unit", i);
     }

@@ -22,7 +22,7 @@ struct Extent {
       const Segment& s = b.segments[i];
       if (s.compressed()) {
         first = std::max(first, s.sketch + s.rows * b.sketch_dim);
-        if (b.wire_type == DType::kU8) first = std::max(first, s.units + s.rows);
+        if (b.wire_type == DType::kU8) first = std::max(first, s.units(b.sketch_dim) + s.rows);
         second = std::max(second, s.packed + s.kept * s.cols);
         flags = std::max(flags, s.flag + 1);
         picks = std::max(picks, s.pick + s.kept);

@@ -164,7 +164,8 @@ void set_units(const BucketInMemory& x) {
     for (int64_t row = 0; s.compressed() && row < s.rows; ++row) {
       const double usual = 0.01 + 0.003 * static_cast<double>(++number % 37);
       const double odd[] = {0, 1e-45, work == kF32 ? 3e38 : 1e308};
-      set(work, x.b.first, s.units + row, number % 11 < 3 ? odd[number % 11] : usual);
+      set(work, x.b.first, s.units(x.b.sketch_dim) + row,
+          number % 11 < 3 ? odd[number % 11] : usual);
     }
   }
 }
@@ -186,7 +187,7 @@ TEST(CpuLevels, EachRowsShareIsOfTheElementsThatItHas) {
         }
         const double c = kBestStep[x.b.world_size - 1];
         const double share = c / x.b.world_size * std::sqrt(squares / static_cast<double>(count));
-        ASSERT_NEAR(x.first(s.units + row), share, tolerance * share)
+        ASSERT_NEAR(x.first(s.units(x.b.sketch_dim) + row), share, tolerance * share)
             << "row " << row << " of " << s.cols << " columns";
       }
     }
@@ -202,7 +203,7 @@ TEST(CpuLevels, NoSquareIsTooLargeOrTooSmallForAFloat) {
     for (int64_t i = 0; i < 40; ++i) x.set_gradient(i, i % 2 == 0 ? size : -size);
     const Projection v = x.projection();
     best().update(x.b, &v);
-    EXPECT_NEAR(x.first(x.segments[0].units), kBestStep[2] / 3 * size, 1e-4 * size);
+    EXPECT_NEAR(x.first(x.segments[0].units(x.b.sketch_dim)), kBestStep[2] / 3 * size, 1e-4 * size);
   }
 }
 
@@ -233,7 +234,7 @@ void check_packed(const BucketInMemory& x, const std::vector<Element>& before, b
     const bool sends = !x.b.bad[index] && x.b.outcome[index] == Outcome::kNormal;
     for (int64_t k = 0; k < s.kept; ++k) {
       const int64_t row = x.b.picks[s.pick + k];
-      const double unit = codec.unit(x.first(s.units + row));
+      const double unit = codec.unit(x.first(s.units(x.b.sketch_dim) + row));
       for (int64_t c = 0; c < s.cols; ++c) {
         const int64_t i = row * s.cols + c;
         double level = 0;
@@ -292,7 +293,7 @@ double mean_at(const BucketInMemory& x, const Segment& s, int64_t i) {
   if (!is_picked(x, s, row)) return 0;
   const auto k = std::lower_bound(picks, picks + s.kept, static_cast<int32_t>(row)) - picks;
   const double sum = x.second(s.packed + k * s.cols + i % s.cols);
-  return codec.mean(sum, codec.unit(x.first(s.units + row)));
+  return codec.mean(sum, codec.unit(x.first(s.units(x.b.sketch_dim) + row)));
 }
 
 TEST(CpuLevels, ApplyPutsTheMeanWhereItBelongs) {

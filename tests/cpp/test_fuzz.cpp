@@ -77,7 +77,8 @@ void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>
     second.push_back({s.packed, s.packed + s.kept * s.cols});
     if (config.compressor == "arc_topk") {
       first.push_back({s.sketch, s.sketch + s.rows * config.sketch_dim});
-      if (plan.types.wire == DType::kU8) first.push_back({s.units, s.units + s.rows});
+      if (plan.types.wire == DType::kU8)
+        first.push_back({s.units(config.sketch_dim), s.units(config.sketch_dim) + s.rows});
     }
   }
   expect_full(bucket, plan.numel);

@@ -170,7 +170,7 @@ TEST(Plan, BytesHaveAUnitARowAndBecomeBfloat16ForManyRanks) {
         EXPECT_TRUE(s.dense_in_first && take(first, s.packed, s.numel));
         continue;
       }
-      EXPECT_TRUE(take(first, s.sketch, s.rows * 4) && take(first, s.units, s.rows));
+      EXPECT_TRUE(take(first, s.sketch, s.rows * 4) && take(first, s.units(4), s.rows));
     }
     EXPECT_TRUE(full(first));
     EXPECT_EQ(plan.wire_bytes, 4 * (2 + 5 * (40 + 33) + 7) + 4 * 24 + 4 * 70);

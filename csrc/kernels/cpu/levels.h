@@ -11,7 +11,7 @@ namespace arc_topk::cpu::ARC_TOPK_ISA {
 template <class T, class F>
 inline void for_units(const Bucket& b, const Segment& s, const Levels<T>& levels,
                       const Stretches& picked, F&& f) {
-  const T* sums = static_cast<const T*>(b.first) + s.units;
+  const T* sums = static_cast<const T*>(b.first) + s.units(b.sketch_dim);
   for (int64_t k = 0; k < picked.count; ++k) {
     f(levels.unit(sums[picked.picks[k]]), picked.length, k * picked.length);
   }

@@ -60,7 +60,7 @@ template <class T>
 class OwnShares {
  public:
   OwnShares(const Bucket& b, const Segment& s, const Piece& p)
-      : levels_(b), to_(static_cast<T*>(b.first) + s.units + p.row_begin) {}
+      : levels_(b), to_(static_cast<T*>(b.first) + s.units(b.sketch_dim) + p.row_begin) {}
 
   void row(const T* x, int64_t n) {
     part(x, n);

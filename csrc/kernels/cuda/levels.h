@@ -9,7 +9,7 @@ namespace arc_topk::cuda {
 // D of a row, from the shares that were summed on their way.
 template <class T>
 ARC_TOPK_DEVICE T unit_of(const Bucket& b, const Segment& s, const Levels<T>& levels, int64_t row) {
-  return levels.unit((static_cast<const T*>(b.first) + s.units)[row]);
+  return levels.unit((static_cast<const T*>(b.first) + s.units(b.sketch_dim))[row]);
 }
 
 // x[] becomes what arrives of it, C_i. Its bytes go to the payload where `stores`.

@@ -200,7 +200,7 @@ struct Prepare {
 
   ARC_TOPK_DEVICE void write_share(const Segment& s, int64_t row, double squares) const {
     const int64_t count = smaller(s.cols, s.numel - row * s.cols);
-    (static_cast<T*>(b.first) + s.units)[row] = levels.own_share(squares, count);
+    (static_cast<T*>(b.first) + s.units(b.sketch_dim))[row] = levels.own_share(squares, count);
   }
 
   // Of a whole vector: four reads with no branch between them. Columns behind the last are read as
