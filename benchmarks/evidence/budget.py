@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,4 +89,4 @@ def _largest(share: Callable[[float], float], budget: float) -> float:
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if share(middle) <= budget else (low, middle)
-    return round(low, 6)
+    return math.floor(1e6 * low) / 1e6  # rounded up it may keep a row more

@@ -196,7 +196,7 @@ ENGINES = [name for name, method in TABLE.items() if method.way == "engine"]
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_bytes_are_those_of_the_plan_and_within_the_budget(pools: Pools, name: str) -> None:
+def test_bytes_are_those_of_the_plan(pools: Pools, name: str) -> None:
     method, steps = TABLE[name], 3
     budget = 0.1 if method.budgeted else None
     run = Run("lm-small", name, budget, 2, steps, 0, 1e-2, 0.5)
@@ -210,8 +210,6 @@ def test_bytes_are_those_of_the_plan_and_within_the_budget(pools: Pools, name: s
     first = planned.dense_bytes if config.feedback == "ef21m" else planned.wire_bytes
     assert results[0]["wire_bytes"] * steps == first + (steps - 1) * planned.wire_bytes
     assert results[0]["dense_bytes"] == planned.dense_bytes
-    if budget is not None:
-        assert 0.9 * budget < planned.wire_bytes / planned.dense_bytes <= budget
     assert len(results[0]["loss"]) == 1 and 4 < results[0]["loss"][0][1] < 6
 
 
@@ -237,6 +235,26 @@ def test_bytes_of_torchs_hooks_and_of_local_sgd_are_counted(pools: Pools) -> Non
         compressed += 4 * (factors if 2 * factors < m * n else m * n)
     assert power["wire_bytes"] * 5 == 2 * 4 * numel + 3 * compressed
     assert compressed <= 0.1 * 4 * numel
+
+
+@pytest.mark.parametrize("name", [m.name for m in TABLE.values() if m.budgeted])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_as_much_of_a_budget_is_used_as_whole_rows_allow(name: str, ranks: int) -> None:
+    named = list(TASKS["lm-small"].model().named_parameters())
+    tensors = [parameter for _, parameter in named]
+    dense = 4 * sum(t.numel() for t in tensors)
+
+    def share(fields: dict[str, Any]) -> float:
+        return make_plan(arc_topk.Config(**fields), named, ranks).wire_bytes / dense
+
+    for budget in (0.1, 0.05, 0.025):
+        if TABLE[name].way == "powersgd":
+            # Of 470,528 elements 3584 are in vectors; the sum of m + n over all matrices is 5056.
+            assert rank_for(tensors, budget) == int((budget * 470528 - 3584) / 5056)
+            continue
+        fields = fields_for(TABLE[name].config, tensors, ranks, budget)
+        assert share(fields) <= budget
+        assert share({**fields, "ratio": fields["ratio"] + 2e-6}) > budget
 
 
 def test_budgets_that_are_out_of_reach_say_the_least() -> None:
@@ -326,15 +344,13 @@ def test_the_page_on_feedback_keeps_its_words_and_gets_its_tables(tmp_path: Path
 
 
 def test_why_ef14_and_not_ef21m(pools: Pools) -> None:
-    """docs/feedback.md; the reasons are in docs/algorithm.md."""
-    task = TASKS["quadratics"]
+    """docs/feedback.md has 1000 steps, and says why: these are still falling here."""
 
-    def least(name: str) -> float:
-        run = Run("quadratics", name, None, 4, 800, 0, 0.1, 0.0)
-        losses = pools.of(4).run(on_rank, run)[0]["loss"]
-        return min(loss for _, loss in losses[-5:])
+    def loss_after_400_steps(name: str) -> float:
+        run = Run("quadratics", name, None, 4, 400, 0, 0.1, 0.0)
+        loss: float = pools.of(4).run(on_rank, run)[0]["loss"][-1][1]
+        return loss
 
-    assert task.lrs == (0.1,)
-    assert least("Top-K EF14") > 1e-4
+    assert loss_after_400_steps("Top-K EF14") > 1e-3
     for converging in ("Top-K EF21M", "ARC-Top-K EF14", "ARC-Top-K EF21M"):
-        assert least(converging) < 1e-9, converging
+        assert loss_after_400_steps(converging) < 1e-5, converging
