@@ -22,12 +22,14 @@ ifneq ($(filter-out 0,$(SYSTEM)),)
   STAMPS := build/stamps$(subst /,-,$(shell command -v $(PYTHON)))
   DEPENDENCIES :=
   INTEGRATIONS :=
+  EVIDENCE :=
   export ARC_TOPK_TESTS := optional
 else
   PY := $(VENV)/bin/python
   STAMPS := $(VENV)/stamps
   DEPENDENCIES := $(STAMPS)/requirements $(STAMPS)/torch-$(or $(TORCH),newest)
   INTEGRATIONS := $(STAMPS)/integrations
+  EVIDENCE := $(STAMPS)/evidence
   export ARC_TOPK_TESTS := required
   export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 endif
@@ -40,7 +42,7 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help test test-slow test-cpp test-integrations soak asan fuzz tsan gpu-check golden registers demo bench lint format build clean distclean
+.PHONY: help test test-slow test-cpp test-integrations soak asan fuzz tsan gpu-check golden registers demo bench evidence lint format build clean distclean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -114,6 +116,9 @@ demo: build ## train a language model over 4 ranks with each compressor: a table
 bench: build ## cost of the hook against its floor, a Python hook and PowerSGD
 	$(PY) benchmarks/compare.py $(ARGS)
 
+evidence: build $(EVIDENCE) ## loss against bytes for every method, resumable: docs/results.md (ARGS=--list: the plan)
+	PYTHONPATH=benchmarks $(PY) -m evidence $(ARGS)
+
 lint: $(DEPENDENCIES) ## clang-format, ruff and mypy
 	clang-format --dry-run --Werror $(CPP_FILES)
 	$(PY) -m ruff check
@@ -154,7 +159,7 @@ $(VENV)/stamps/requirements: $(wildcard requirements/*.txt) $(PYTHON_STAMP)
 	$(PIP) install -r requirements/dev.txt
 	@touch $@
 
-$(VENV)/stamps/integrations: requirements/integrations.txt $(DEPENDENCIES)
+$(VENV)/stamps/integrations $(VENV)/stamps/evidence: $(VENV)/stamps/%: requirements/%.txt $(DEPENDENCIES)
 	$(PIP) install -r $<
 	@touch $@
 

@@ -1,0 +1,78 @@
+"""The table of methods: a line each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to average.
+
+    Attributes:
+        name: as tables show it.
+        way: "engine" (ours), "bf16_hook", "powersgd" (torch's), "local_sgd": `averaging.attach`.
+        config: fields of `arc_topk.Config`, without those that follow from a budget.
+        tuned_as: the method whose grid decides over lr and beta1; "": it has a grid of its own.
+        budgeted: its bytes can be chosen.
+        curve: runs at every budget, and not at 10 % alone.
+        ranks: runs at 1, 2, 8 and 16 ranks too.
+    """
+
+    name: str
+    way: str = "engine"
+    config: dict[str, Any] = field(default_factory=dict)
+    tuned_as: str = ""
+    budgeted: bool = True
+    curve: bool = False
+    ranks: bool = False
+
+    def about(self) -> dict[str, str]:
+        """What a run's key holds of it."""
+        return {"way": self.way, **{name: str(value) for name, value in self.config.items()}}
+
+
+def engine(name: str, *, wire: torch.dtype | None = None, **fields: Any) -> Method:
+    """One of ours; the fields that are not `Method`'s are `arc_topk.Config`'s."""
+    own = {
+        key: fields.pop(key) for key in ("tuned_as", "budgeted", "curve", "ranks") if key in fields
+    }
+    config = {**fields, **({} if wire is None else {"wire_dtype": wire})}
+    return Method(name, "engine", config, **own)
+
+
+ARC, EF14, EF21M = {"compressor": "arc_topk"}, {"feedback": "ef14"}, {"feedback": "ef21m"}
+DENSE = {"compressor": "dense", "feedback": "none"}
+
+TABLE = {
+    method.name: method
+    for method in (
+        engine("dense", **DENSE, budgeted=False, ranks=True),
+        Method("bf16 hook (torch)", "bf16_hook", tuned_as="dense", budgeted=False),
+        engine("ARC-Top-K", **ARC, **EF14),
+        engine("ARC-Top-K, bf16", **ARC, **EF14, wire=BF16, tuned_as="ARC-Top-K",
+               curve=True, ranks=True),
+        engine("ARC-Top-K EF21M", **ARC, **EF21M, eta=0.3),
+        engine("Top-K", compressor="top_k", **EF14, curve=True),
+        engine("Rand-K", compressor="rand_k", **EF14),
+        Method("PowerSGD (torch)", "powersgd", curve=True),
+        Method("local SGD, H = 8", "local_sgd", budgeted=False),
+    )
+}  # fmt: skip
+
+# What the quadratics compare, at one ratio and one learning rate: no grid.
+FEEDBACKS = {
+    f"{name} {feedback.upper()}": engine(
+        f"{name} {feedback.upper()}", compressor=compressor, feedback=feedback, ratio=0.1,
+        **({"eta": 0.1} if feedback == "ef21m" else {}), budgeted=False
+    )
+    for compressor, name in (("top_k", "Top-K"), ("rand_k", "Rand-K"), ("arc_topk", "ARC-Top-K"))
+    for feedback in ("ef14", "ef21", "ef21m")
+}  # fmt: skip
+
+METHODS = {**TABLE, **FEEDBACKS}
