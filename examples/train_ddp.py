@@ -82,7 +82,8 @@ def parser() -> argparse.ArgumentParser:
 
     group = p.add_argument_group("compression: the fields of arc_topk.Config")
     add = group.add_argument
-    add("--compressor", default="arc_topk", choices=("dense", "arc_topk", "low_rank", "rand_k", "top_k"),
+    add("--compressor", default="arc_topk",
+        choices=("dense", "arc_topk", "low_rank", "rand_k", "top_k"),
         help="how gradients are averaged (default %(default)s); dense: as plain DDP")  # fmt: skip
     add("--feedback", default="ef14", choices=("none", "ef14", "ef21", "ef21m"),
         help="what becomes of what was not sent; ef21m is the paper's")  # fmt: skip
