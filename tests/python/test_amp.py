@@ -11,7 +11,7 @@ import torch
 from device import DEVICE, copy_to
 from model import Gradients, random_gradients, wrap
 from ranks import Ranks, message_of
-from test_engine import CHOICES, COMPRESSORS, FEEDBACKS, assert_same_bits
+from test_engine import CHOICES, COMPRESSORS, FEEDBACKS, LOW_RANK, assert_same_bits
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
@@ -151,6 +151,7 @@ def scaled_run(
 
 
 FIRST, MIDDLE, LAST = 3, 2, 0  # of DDP's buckets, which begin with the last parameters
+SENT = ["arc_topk", "rand_k", "top_k", *dict(LOW_RANK), INTEGERS]
 OVERFLOWS: dict[str, dict[int, tuple[int, int]]] = {
     "in the first step": {0: (MIDDLE, 1)},
     "in the first bucket": {2: (FIRST, 1)},
@@ -162,7 +163,7 @@ OVERFLOWS: dict[str, dict[int, tuple[int, int]]] = {
 
 
 @pytest.mark.parametrize("where", OVERFLOWS)
-@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k", "low_rank", INTEGERS])
+@pytest.mark.parametrize("compressor", SENT)
 def test_a_skipped_step_loses_nothing(ranks: Ranks, compressor: str, where: str) -> None:
     """EF14: applied + mean residual = the sum of the mean gradients that count.
 
@@ -365,7 +366,7 @@ def saved_behind_a_skip(
     return owed
 
 
-@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "top_k", "low_rank", INTEGERS])
+@pytest.mark.parametrize("compressor", SENT)
 def test_a_checkpoint_behind_a_skipped_step_holds_what_it_gave_back(
     ranks: Ranks, compressor: str
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks, message_of
 from test_engine import DTYPES, LAYOUTS, STEPS, assert_same_bits, check_against_oracle, run_native
@@ -19,6 +20,11 @@ from torch import Tensor
 
 import arc_topk
 from arc_topk.reference import Oracle
+
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.skipif(DEVICE == "cuda", reason="low rank has no CUDA kernels yet"),
+]
 
 SMALL_BUCKETS = {"bucket_cap_mb": 0.004}
 MATRICES = [0, 5, 6]  # of LAYOUTS, those that are compressed at ratio 0.2 whatever the wire
