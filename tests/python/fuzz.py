@@ -75,6 +75,10 @@ def check(number: int) -> str:
             (fields.get("eta") is not None and fields.get("feedback") != "ef21m")
             or (fields.get("rank") is not None and not low_rank)
             or (low_rank and fields.get("feedback") in ("ef21", "ef21m"))
+            or (
+                fields.get("wire_dtype") == torch.uint8
+                and fields.get("compressor", "arc_topk") != "arc_topk"
+            )
         )
         assert strange or lonely, (fields, text)
         return "refused"
