@@ -66,6 +66,7 @@ def layouts(kind: str) -> list[Tensor]:
         "empty ones": [zeros(0), zeros(20, 12), zeros(0, 12), zeros(5, 0, 3), zeros(6)],
         "scalars alone": [zeros(), zeros()],
         "empty ones alone": [zeros(0), zeros(0, 12)],
+        "empty halves alone": [zeros(0, dtype=f16), zeros(0, 12, dtype=f16)],
     }[kind]
 
 
@@ -98,6 +99,13 @@ def test_parameters_however_they_lie(ranks: Ranks, kind: str, view: bool) -> Non
     check(ranks, hold, kind, {"gradient_as_bucket_view": view})
 
 
+@pytest.mark.parametrize("compressor", ["arc_topk", "rand_k", "dense"])
+def test_empty_ones_alone_in_a_payload(ranks: Ranks, compressor: str) -> None:
+    """float16 over a bfloat16 wire is not averaged in place: a payload, and no element in it."""
+    config = {"compressor": compressor, "feedback": "none", "wire_dtype": torch.bfloat16}
+    check(ranks, hold, "empty halves alone", {}, settings=[config])
+
+
 # --- which of them, and how often -----------------------------------------------------------------
 
 
@@ -108,9 +116,10 @@ class Tied(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(20, 12)
-        self.twice = nn.Linear(12, 12)
         self.output = nn.Linear(12, 20, bias=False)
         self.output.weight = self.embedding.weight
+        # Behind both names of the one weight: who counted it twice would move this one's place.
+        self.twice = nn.Linear(12, 12)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)

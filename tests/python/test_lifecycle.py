@@ -389,6 +389,33 @@ def test_the_last_reference_may_go_in_a_callback(ranks: Ranks) -> None:
     assert zero == (True, True, True) and one[:2] == (True, True)
 
 
+def run_last_reference_in_the_air(rank: int, world_size: int) -> list[Tensor | None]:
+    """The engine goes while its bucket's end, behind which Python waits, is still to come."""
+    model = wrap(LAYOUTS, torch.float32)
+    holder = [arc_topk.State(ratio=0.2)]
+    store = dist.group.WORLD.get_group_store()
+
+    def hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        if rank == 1:
+            store.wait(["rank 0 lets go"])
+        state = holder.pop()
+        result = arc_topk.arc_topk_hook(state, bucket)
+        if rank == 0:
+            store.set("rank 0 lets go", "")
+        del state  # waits for the thread that completes the future, which waits for the GIL
+        return result
+
+    model.register_comm_hook(None, hook)
+    holder[0].bind(model)
+    return backward(model, random_gradients(LAYOUTS, world_size, 1, torch.float32)[0][rank])
+
+
+def test_the_last_reference_may_go_with_a_bucket_in_the_air() -> None:
+    with temporary(2, timedelta(seconds=10)) as pool:
+        zero, one = pool.run(run_last_reference_in_the_air)
+    assert_same_bits(zero, one)
+
+
 def run_copies(rank: int, world_size: int) -> list[str]:
     model = wrap(MATRIX, torch.float32)
     state = arc_topk.State(ratio=0.25)
