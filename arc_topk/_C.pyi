@@ -21,6 +21,7 @@ class Config:
         eta: float,
         start_step: int,
         wire_dtype: torch.dtype | None,
+        sketch_dtype: torch.dtype | None,
         state_dtype: torch.dtype | None,
         seed: int,
         spike_limit: float | None,

@@ -14,9 +14,11 @@ import torch
 
 from arc_topk import _C
 
+TWO_COLLECTIVES = ("arc_topk", "low_rank")
 COMPRESSORS = ("arc_topk", "dense", "low_rank", "rand_k", "top_k")
 FEEDBACKS = ("ef14", "ef21", "ef21m", "none")
 WIRE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
+SKETCH_DTYPES = (torch.bfloat16,)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 DEFAULT_ETA = 0.1
 
@@ -43,11 +45,18 @@ class Config:
             c elements, and then compresses 1-D tensors too. Rand-K over single elements: 1.
         eta: EF21M's momentum, in (0, 1]; None means 0.1. With any other feedback it must be None.
         start_step: synchronised backward passes of plain averaging before compression begins.
-        wire_dtype: what rows travel in; None: the gradient's dtype. What a narrower type rounds
-            away stays in the error feedback. ``torch.uint8``, with ``"arc_topk"`` alone: integers,
-            which cannot overflow and sum exactly, in a unit that the ranks agree on row by row, for
-            4 bytes a row of the matrix. They have 127 / N levels either way of zero for N ranks;
-            above 32 ranks bfloat16 takes their place (docs/algorithm.md).
+        wire_dtype: what rows, and low rank's second factor, travel in; None: the gradient's dtype.
+            What a narrower type rounds away stays in the error feedback. ``torch.uint8``, with
+            ``"arc_topk"`` and ``"low_rank"`` alone: integers, which cannot overflow and sum
+            exactly, in a unit that the ranks agree on row by row (low rank: column by column), for
+            one more number of the first collective each. They have 127 / N levels either way of
+            zero for N ranks; above 32 ranks bfloat16 takes their place (docs/algorithm.md).
+        sketch_dtype: what the first collective travels in, with ``"arc_topk"`` and ``"low_rank"``:
+            sketches, low rank's first factor, and the tensors that stay dense where ``wire_dtype``
+            is not the gradient's. None: float32 (float64 for float64 gradients); or
+            ``torch.bfloat16``, half the bytes. What that rounds of a sketch, or of a first factor,
+            loses nothing of the gradient; a dense tensor is rounded as torch's own
+            ``bf16_compress_hook`` rounds it.
         state_dtype: what error feedback is kept in: None or ``torch.float32``, or
             ``torch.bfloat16``. float64 gradients always keep float64 state.
         seed: of the random projection V, of Rand-K's draw and of low rank's first basis, in
@@ -80,6 +89,7 @@ class Config:
     eta: float | None = None
     start_step: int = 0
     wire_dtype: torch.dtype | None = None
+    sketch_dtype: torch.dtype | None = None
     state_dtype: torch.dtype | None = None
     seed: int = 0
     spike_limit: float | None = None
@@ -115,12 +125,19 @@ class Config:
         self._take("start_step", _integer("start_step", self.start_step, 0, 2**62))
         if self.wire_dtype is not None:
             _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)
-        if self.wire_dtype == torch.uint8 and self.compressor != "arc_topk":
+        if self.wire_dtype == torch.uint8 and self.compressor not in TWO_COLLECTIVES:
             raise ValueError(
                 f"wire_dtype is torch.uint8 with compressor='{self.compressor}'; expected "
-                "compressor='arc_topk', whose first collective tells all ranks the rows' units: "
-                "choose that, or wire_dtype=torch.bfloat16"
+                "compressor='arc_topk' or 'low_rank', whose first collective tells all ranks the "
+                "units: choose one of these, or wire_dtype=torch.bfloat16"
             )
+        if self.sketch_dtype is not None:
+            _one_of("sketch_dtype", self.sketch_dtype, SKETCH_DTYPES)
+            if self.compressor not in TWO_COLLECTIVES:
+                raise ValueError(
+                    f"sketch_dtype is {self.sketch_dtype} with compressor='{self.compressor}', "
+                    "which has no sketches; expected None, or compressor='arc_topk' or 'low_rank'"
+                )
         if self.state_dtype is not None:
             _one_of("state_dtype", self.state_dtype, STATE_DTYPES)
         self._take("seed", _integer("seed", self.seed, 0, 2**64 - 1))
@@ -153,6 +170,7 @@ class Fields(TypedDict, total=False):
     eta: float | None
     start_step: int
     wire_dtype: torch.dtype | None
+    sketch_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
     seed: int
     spike_limit: float | None

@@ -35,6 +35,7 @@ Config make_config(std::string compressor, const std::string& feedback, double r
                    std::optional<int64_t> rank, int64_t sketch_dim,
                    std::optional<int64_t> row_width, double eta, int64_t start_step,
                    std::optional<at::ScalarType> wire_dtype,
+                   std::optional<at::ScalarType> sketch_dtype,
                    std::optional<at::ScalarType> state_dtype, uint64_t seed,
                    std::optional<double> spike_limit, int64_t check_every,
                    std::optional<int64_t> resync_every) {
@@ -48,6 +49,7 @@ Config make_config(std::string compressor, const std::string& feedback, double r
           eta,
           start_step,
           optional_type(wire_dtype, wire_type_of),
+          optional_type(sketch_dtype, dtype_of),
           optional_type(state_dtype, dtype_of),
           seed,
           spike_limit,
@@ -139,8 +141,9 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Config>(module, "Config")
       .def(py::init(&make_config), py::kw_only(), py::arg("compressor"), py::arg("feedback"),
            py::arg("ratio"), py::arg("rank"), py::arg("sketch_dim"), py::arg("row_width"),
-           py::arg("eta"), py::arg("start_step"), py::arg("wire_dtype"), py::arg("state_dtype"),
-           py::arg("seed"), py::arg("spike_limit"), py::arg("check_every"), py::arg("resync_every"))
+           py::arg("eta"), py::arg("start_step"), py::arg("wire_dtype"), py::arg("sketch_dtype"),
+           py::arg("state_dtype"), py::arg("seed"), py::arg("spike_limit"), py::arg("check_every"),
+           py::arg("resync_every"))
       .def_readwrite("compress_without_gain", &Config::compress_without_gain);
 
   using Group = c10::intrusive_ptr<c10d::ProcessGroup>;

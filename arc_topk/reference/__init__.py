@@ -47,7 +47,7 @@ on an order of summation (sketches, reductions) is done in float64 and rounded o
 from arc_topk.reference.compressors import arc_topk, rand_k, top_k
 from arc_topk.reference.feedback import EF14, EF21, EF21M
 from arc_topk.reference.layout import flatten, unflatten
-from arc_topk.reference.levels import Levels, best_step, most_level, unit_of
+from arc_topk.reference.levels import ColumnLevels, Levels, best_step, most_level, unit_of
 from arc_topk.reference.low_rank import drawn, low_rank, orthonormalise, unit_columns
 from arc_topk.reference.oracle import Oracle
 from arc_topk.reference.plan import Types, matrix_shape
@@ -59,6 +59,7 @@ __all__ = [
     "EF14",
     "EF21",
     "EF21M",
+    "ColumnLevels",
     "Levels",
     "Oracle",
     "Types",

@@ -74,6 +74,7 @@ def arc_topk(
     wire: Wire | Levels,
     selected: Tensor | None = None,
     rtol: float = 1e-5,
+    sketch_dtype: torch.dtype | None = None,
 ) -> Compressed:
     """ARC-Top-K: the rows that are largest in the mean, found by an all-reduced sketch.
 
@@ -81,23 +82,33 @@ def arc_topk(
         x: messages [m, n], one a rank.
         v: projection [n, r], float64.
         k: K.
-        wire: what the rows travel by; the sketches travel in the work type.
+        wire: what the rows travel by.
         selected: go on with these rows, after checking that they are a top K within rounding.
         rtol: that rounding, relative to the sum of the moduli of what makes up a row's sketch.
+        sketch_dtype: the type that sketches travel in; None: the work type, taken for exact.
 
     Raises:
         ValueError: `selected` is not a valid top K.
     """
-    p = torch.stack([sketch(xi, v) for xi in x]).mean(dim=0)  # (1) sketch, (2) all-reduce
+    own = [sketch(xi, v) for xi in x]  # (1) sketch
+    p = mean_of_sketches(own, wire.work, sketch_dtype or wire.work)  # (2) all-reduce
     row_scores = scores(p)  # (3) score, select
     rows = top_rows(row_scores, k)
     if selected is not None:
         magnitude = torch.stack([sketch(xi.abs(), v.abs()) for xi in x]).mean(dim=0).norm(dim=1)
         _check(row_scores, selected, k, rtol, magnitude)
         rows = selected.long()
-    own, mean = send_rows(x, rows, wire)
+    parts, mean = send_rows(x, rows, wire)
     energies = float(row_scores.sum()), float(mean.double().square().sum())
-    return Compressed(own, mean, rows, row_scores, *energies)
+    return Compressed(parts, mean, rows, row_scores, *energies)
+
+
+def mean_of_sketches(p: Sequence[Tensor], work: torch.dtype, sketch: torch.dtype) -> Tensor:
+    """The mean of what the first collective sums, in float64; in the work type taken for exact."""
+    if sketch == work:
+        return torch.stack(list(p)).mean(dim=0)
+    total = torch.stack([pi.to(work).to(sketch) for pi in p]).double().sum(dim=0)
+    return total.to(sketch).double() / len(p)
 
 
 def rand_k(

@@ -1,10 +1,11 @@
-"""The uint8 wire: rows as small integers, whose sum over ranks is exact in any order.
+"""The uint8 wire: small integers, whose sum over ranks is exact in any order.
 
 N ranks have L = floor(255 / N) + 1 levels each, one less where that is even, so that zero is one:
 -h .. h with h = (L - 1) / 2, and the sum of N bytes u = level + h is at most 2 h N <= 255. All
 ranks divide row j by the same unit D_j, c_L times the mean over ranks of the row's own root mean
 square; c_L is the best uniform step of L levels for a Gaussian (Max, "Quantizing for Minimum
-Distortion", 1960). What is rounded and cut off stays in the error feedback.
+Distortion", 1960). Low rank's columns have a unit each, from what its first collective carries.
+What is rounded and cut off stays in the error feedback.
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ class Levels:
         work: float32 or float64: the type of units and of what comes back.
         numel: d of the tensor, whose last row may be short: a row's root mean square is over the
             elements that it has.
+        sketch: the type that units travel in; None: the work type.
     """
 
     world_size: int
     work: torch.dtype
     numel: int
+    sketch: torch.dtype | None = None
 
     def fitted(self, x: Sequence[Tensor], rows: Tensor) -> RowLevels:
         """The units of the selected rows of the messages [m, n]."""
@@ -72,8 +75,42 @@ class Levels:
         count = (self.numel - rows * n).clamp(max=n)
         share = best_step(most_level(self.world_size)) / self.world_size
         own = [(xi[rows].double().square().sum(dim=1) / count).sqrt() * share for xi in x]
-        total = torch.stack(own).to(self.work).double().sum(dim=0).to(self.work)
+        total = total_of(own, self.work, self.sketch)
         return RowLevels(self.world_size, unit_of(total, self.world_size)[:, None])
+
+
+@dataclass(frozen=True)
+class ColumnLevels:
+    """The same for low rank's second factor, a unit a column.
+
+    Column c of R_i = X_i^T P^ is about as long as that of P_i = X_i W, once W is the R of the step
+    before at unit norm: its root mean square is taken to be ||P_i,c|| / sqrt(n). The levels reach
+    A(L) = min(7, 1.05 log2 L + 0.4) of these: too wide a unit costs less than one that cuts off.
+
+    Attributes:
+        world_size: N, at most `MOST_RANKS`.
+        work: float32 or float64: the type of units and of what comes back.
+        sketch: the type that units travel in; None: the work type.
+    """
+
+    world_size: int
+    work: torch.dtype
+    sketch: torch.dtype | None = None
+
+    def fitted_columns(self, p: Sequence[Tensor], n: int) -> RowLevels:
+        """The units of R's columns, from the P_i [m, k]."""
+        h = most_level(self.world_size)
+        step = min(7.0, 1.05 * math.log2(2 * h + 1) + 0.4) / (h * self.world_size)
+        own = [(pi.double().square().sum(dim=0) / n).sqrt() * step for pi in p]
+        total = total_of(own, self.work, self.sketch)
+        return RowLevels(self.world_size, unit_of(total, self.world_size))
+
+
+def total_of(shares: Sequence[Tensor], work: torch.dtype, sketch: torch.dtype | None) -> Tensor:
+    """The sum of what all ranks send in the first collective, rounded as its type rounds."""
+    sketch = sketch or work
+    total = torch.stack([s.to(work).to(sketch) for s in shares]).double().sum(dim=0)
+    return total.to(sketch).to(work)
 
 
 def unit_of(total: Tensor, world_size: int) -> Tensor:
@@ -91,18 +128,18 @@ def unit_of(total: Tensor, world_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RowLevels:
-    """The codec of some rows.
+    """The codec of some rows, or of columns.
 
     Attributes:
         world_size: N.
-        unit: D, [K, 1], in the work type.
+        unit: D, [K, 1] or [k], in the work type.
     """
 
     world_size: int
     unit: Tensor
 
     def send(self, x: Tensor) -> Tensor:
-        """The bytes of rows [K, n], u = clamp(round(x / D), -h, h) + h."""
+        """The bytes of x, u = clamp(round(x / D), -h, h) + h."""
         h = most_level(self.world_size)
         inverse = torch.where(self.unit > 0, 1 / self.unit, 0)
         return ((x * inverse).clamp(-h, h).round() + h).to(torch.uint8)

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arc_topk.reference.compressors import Compressed
+from arc_topk.reference.compressors import Compressed, mean_of_sketches
+from arc_topk.reference.levels import ColumnLevels
 from arc_topk.reference.random_numbers import basis_column
 from arc_topk.reference.wire import Wire
 
@@ -78,7 +79,9 @@ def drawn(w: Tensor, seed: int, step: int, stream: int) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def low_rank(x: Sequence[Tensor], w: Tensor, wire: Wire) -> tuple[Compressed, Tensor]:
+def low_rank(
+    x: Sequence[Tensor], w: Tensor, wire: Wire | ColumnLevels, sketch: torch.dtype | None = None
+) -> tuple[Compressed, Tensor]:
     """Two all-reduces of a factor each.
 
     (1) P_i = X_i W. (2) All-reduce: P. (3) P^ = orth(P). (4) R_i = X_i^T P^. (5) all-reduce: R,
@@ -88,19 +91,22 @@ def low_rank(x: Sequence[Tensor], w: Tensor, wire: Wire) -> tuple[Compressed, Te
     Args:
         x: messages [m, n], one a rank.
         w: W, float32 [n, k], without zero columns.
-        wire: what the R_i travel by; the P_i travel in the work type.
+        wire: what the R_i travel by.
+        sketch: the type that the P_i travel in; None: the work type, taken for exact.
 
     Returns:
         What was made of the messages, without rows and scores, and the next W.
     """
     work = wire.work
-    p = torch.stack([xi.double() @ w.double() for xi in x]).mean(dim=0)
+    own_p = [xi.double() @ w.double() for xi in x]
+    p = mean_of_sketches(own_p, work, sketch or work)
     basis = orthonormalise(p, TOLERANCE[work]).to(work).double()
     r = [(xi.double().T @ basis).to(work) for xi in x]
     # What has overflowed is not sent.
-    sent = [wire.send(torch.where(ri.isfinite(), ri, 0.0)) for ri in r]
-    mean = wire.mean(sent)
-    own = [(basis @ wire.value(s).double().T).to(work) for s in sent]
+    codec = wire.fitted_columns(own_p, x[0].shape[1])
+    sent = [codec.send(torch.where(ri.isfinite(), ri, 0.0)) for ri in r]
+    mean = codec.mean(sent)
+    own = [(basis @ codec.value(s).double().T).to(work) for s in sent]
     nothing = torch.empty(0, dtype=torch.int64)
     c = (basis @ mean.double().T).to(work)
     return Compressed(own, c, nothing, nothing), unit_columns(mean.double())

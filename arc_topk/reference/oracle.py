@@ -13,7 +13,7 @@ from torch import Tensor
 from arc_topk.reference.compressors import Compressed, arc_topk, dense, rand_k, top_k
 from arc_topk.reference.feedback import FEEDBACKS
 from arc_topk.reference.layout import flatten, unflatten
-from arc_topk.reference.levels import Levels
+from arc_topk.reference.levels import ColumnLevels, Levels
 from arc_topk.reference.low_rank import drawn, low_rank
 from arc_topk.reference.plan import Types, plan_view
 from arc_topk.reference.random_numbers import projection, rand_k_keys
@@ -49,8 +49,8 @@ class Oracle:
         world_size: N.
         compressor: "dense", "arc_topk", "rand_k", "top_k", "low_rank".
         feedback: "none", "ef14", "ef21", "ef21m".
-        ratio, rank, sketch_dim, row_width, eta, start_step, wire_dtype, state_dtype, seed,
-            spike_limit, resync_every: as in the package's configuration; eta None means 0.1.
+        ratio, rank, sketch_dim, row_width, eta, start_step, wire_dtype, sketch_dtype, state_dtype,
+            seed, spike_limit, resync_every: as in the package's configuration; eta None means 0.1.
         may_be_unused: a gradient that is zero on every rank stands for none, as DDP makes it for
             parameters that nobody used: no state changes, and the result is zero.
         streams: of each tensor the number that tells its Rand-K keys, or the columns that low rank
@@ -64,7 +64,7 @@ class Oracle:
         states: `states[i][t]` is the `Feedback` of tensor t on rank i, flat and in memory order. A
             dense tensor needs state only under EF21M, and only `h`.
         bases: low rank's W of each tensor, float32 [n, k]: the same on all ranks. Zero columns are
-            drawn when next needed.
+            drawn at the beginning of the next step, whatever becomes of it.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Oracle:
         eta: float | None = None,
         start_step: int = 0,
         wire_dtype: torch.dtype | None = None,
+        sketch_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
         spike_limit: float | None = None,
@@ -96,7 +97,7 @@ class Oracle:
         ]
         self.world_size = world_size
         travels = None if wire_dtype is None else wire_type(wire_dtype, world_size)
-        self.types = Types.of(dtype, travels, state_dtype, compressor)
+        self.types = Types.of(dtype, travels, state_dtype, compressor, sketch_dtype)
         self.compressor, self.feedback = compressor, feedback
         self.sketch_dim, self.start_step, self.seed = sketch_dim, start_step, seed
         self.eta = 0.1 if eta is None else eta
@@ -281,6 +282,8 @@ class Oracle:
         rtol: float,
     ) -> Result:
         states, view = [own[t] for own in self.states], self.views[t]
+        if self.compressor == "low_rank":  # needed before anybody knows what becomes of the step
+            self.bases[t] = drawn(self.bases[t], self.seed, step, self.streams[t])
         g = [gi / self._loss_scale for gi in g]
         x = [state.prepare(gi) for state, gi in zip(states, g, strict=True)]
         used = not self.may_be_unused or any(bool(gi.any()) for gi in g)
@@ -305,18 +308,18 @@ class Oracle:
         self, t: int, x: list[Tensor], step: int, selected: Selection, rtol: float
     ) -> Compressed:
         view = self.views[t]
-        wire: Wire | Levels
-        wire = Wire(self.types.wire, self.world_size, self.types.work, self._sums)
+        types, ranks = self.types, self.world_size
+        wire = Wire(types.wire, ranks, types.work, self._sums)
+        levels = types.wire == torch.uint8
         if self.compressor == "arc_topk":
-            if self.types.wire == torch.uint8:
-                wire = Levels(self.world_size, self.types.work, view.numel)
+            rows = Levels(ranks, types.work, view.numel, types.sketch) if levels else wire
             v = projection(self.seed, step, view.n, self.sketch_dim)
-            return arc_topk(x, v, view.k, wire, selected, rtol)
+            return arc_topk(x, v, view.k, rows, selected, rtol, types.sketch)
         if self.compressor == "rand_k":
             keys = rand_k_keys(self.seed, step, self.streams[t], view.m)
             return rand_k(x, keys, view.k, wire, selected)
         if self.compressor == "low_rank":
-            w = drawn(self.bases[t], self.seed, step, self.streams[t])
-            result, self.bases[t] = low_rank(x, w, wire)
+            columns = ColumnLevels(ranks, types.work, types.sketch) if levels else wire
+            result, self.bases[t] = low_rank(x, self.bases[t], columns, types.sketch)
             return result
         return top_k(x, view.k, wire, selected, rtol)

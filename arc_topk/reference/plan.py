@@ -47,15 +47,17 @@ class Types:
         gradient: of the gradients, and of what DDP gets.
         work: of arithmetic, sketches and scores: float32, float64 for float64.
         wire: of the rows; the gradient's unless told otherwise.
+        sketch: of the first collective; the work type unless told otherwise.
         state: of the error feedback; the work type unless told otherwise, always for float64.
         dense: of a dense tensor on the wire. It has no state to keep what rounding takes away, so
-            it is not narrowed: the gradient's type, or float32 for a 16-bit gradient whose wire has
-            another type. Rand-K has one payload, hence one type: the wire's.
+            it is the gradient's type where one of the collectives has that, else the sketch's.
+            Rand-K has one payload, hence one type: the wire's.
     """
 
     gradient: torch.dtype
     work: torch.dtype
     wire: torch.dtype
+    sketch: torch.dtype
     state: torch.dtype
     dense: torch.dtype
 
@@ -66,14 +68,16 @@ class Types:
         wire: torch.dtype | None = None,
         state: torch.dtype | None = None,
         compressor: str = "arc_topk",
+        sketch: torch.dtype | None = None,
     ) -> Types:
-        """From the gradient's type, the two that may be chosen, and the compressor."""
+        """From the gradient's type, those that may be chosen, and the compressor."""
         work = torch.float64 if gradient == torch.float64 else torch.float32
         wire = gradient if wire is None else wire
         state = work if state is None or work == torch.float64 else state
-        dense = gradient if gradient == work or wire == gradient else torch.float32
+        sketch = work if sketch is None else sketch
+        dense = gradient if gradient in (wire, sketch) else sketch
         dense = wire if compressor == "rand_k" else dense
-        return cls(gradient, work, wire, state, dense)
+        return cls(gradient, work, wire, sketch, state, dense)
 
 
 def matrix_shape(layout: Tensor, row_width: int | None) -> tuple[int, int] | None:
@@ -97,13 +101,15 @@ def kept(ratio: float, m: int) -> int:
     return max(1, math.ceil(ratio * m * (1 - 1e-12)))
 
 
-def rank_of(m: int, n: int, types: Types, dense_bytes: int, ratio: float, rank: int | None) -> int:
-    """K of low rank: as asked for, or the most whose factors are `ratio` of the dense bytes.
+def rank_of(m: int, n: int, types: Types, ratio: float, rank: int | None) -> int:
+    """K of low rank: as asked for, or the most whose factors are `ratio` of the gradient's bytes.
 
     At least 1, at most min(m, n), where C is the mean message itself.
     """
-    column = m * types.work.itemsize + n * types.wire.itemsize
-    k = math.floor(ratio * dense_bytes * (1 + 1e-12) / column) if rank is None else rank
+    units = 1 if types.wire == torch.uint8 else 0
+    column = (m + units) * types.sketch.itemsize + n * types.wire.itemsize
+    matrix = m * n * types.gradient.itemsize
+    k = math.floor(ratio * matrix * (1 + 1e-12) / column) if rank is None else rank
     return max(1, min(k, m, n))
 
 
@@ -119,13 +125,13 @@ def plan_view(
 ) -> View:
     """The plan's rule: see the tensor as a matrix; compress it only where that saves bytes.
 
-    Compressed bytes are r m sketch numbers and K n row elements for ARC-Top-K (on a uint8 wire m
-    units besides), K n row elements for Rand-K, K values and K int32 indices for Top-K, which looks
-    at single elements whatever the rows, k (m + n) numbers of two factors for low rank; and one
-    flag each. Top-K gathers: in a ring, a rank sends N - 1 times its bytes, against 2 (N - 1) / N
-    times for an all-reduce, hence max(N, 2) / 2 times its bytes are compared.
+    Compressed bytes are r m sketch numbers and K n row elements for ARC-Top-K, K n row elements for
+    Rand-K, K values and K int32 indices for Top-K, which looks at single elements whatever the
+    rows, k (m + n) numbers of two factors for low rank; on a uint8 wire a unit a row or column
+    besides; and one flag each. Top-K gathers: in a ring, a rank sends N - 1 times its bytes,
+    against 2 (N - 1) / N times for an all-reduce, hence max(N, 2) / 2 times its bytes are compared.
     """
-    numel, wire, work = layout.numel(), types.wire.itemsize, types.work.itemsize
+    numel, wire, sketch = layout.numel(), types.wire.itemsize, types.sketch.itemsize
     dense_bytes = numel * types.dense.itemsize
     stays_dense = View(1, numel, 1, numel, False, dense_bytes)
     shape = matrix_shape(layout, row_width)
@@ -133,13 +139,13 @@ def plan_view(
         return stays_dense
     m, n = (numel, 1) if compressor == "top_k" else shape
     low_rank = compressor == "low_rank"
-    k = rank_of(m, n, types, dense_bytes, ratio, rank) if low_rank else kept(ratio, m)
+    k = rank_of(m, n, types, ratio, rank) if low_rank else kept(ratio, m)
     unit = 1 if types.wire == torch.uint8 else 0
     wire_bytes = {
-        "arc_topk": ((sketch_dim + unit) * m + 1) * work + k * n * wire,
+        "arc_topk": ((sketch_dim + unit) * m + 1) * sketch + k * n * wire,
         "rand_k": (k * n + 1) * wire,
         "top_k": k * (wire + 4) + 4,
-        "low_rank": (k * m + 1) * work + k * n * wire,
+        "low_rank": (k * (m + unit) + 1) * sketch + k * n * wire,
     }[compressor]
     traffic = wire_bytes * (max(world_size, 2) / 2 if compressor == "top_k" else 1)
     return View(m, n, k, numel, True, wire_bytes) if traffic < dense_bytes else stays_dense

@@ -55,6 +55,10 @@ class Wire:
         total = total.to(self.dtype if self.summed else self.work).to(self.work)
         return total / (self.world_size / self.scale)
 
+    def fitted_columns(self, p: Sequence[Tensor], n: int) -> Wire:
+        """The wire of low rank's second factor: the same for all."""
+        return self
+
     def fitted(self, x: Sequence[Tensor], rows: Tensor) -> Wire:
         """The wire of selected rows: the same for all."""
         return self

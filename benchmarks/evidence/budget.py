@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import arc_topk
@@ -46,11 +47,12 @@ def fields_for(
         return make_plan(arc_topk.Config(**fields), named, ranks)
 
     if config["compressor"] == "arc_topk":
+        size = config.get("sketch_dtype", torch.float32).itemsize
         for r in (4, 2, 1):
             config = {**config, "sketch_dim": r}
             rows = plan_of({**config, "ratio": 1e-6}).rows
             if (
-                sum(4 * r * row.view[0] for row in rows if row.view)
+                sum(size * r * row.view[0] for row in rows if row.view)
                 <= SKETCH_SHARE * budget * dense
             ):
                 break

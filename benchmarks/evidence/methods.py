@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-BF16 = torch.bfloat16
+BF16, UINT8 = torch.bfloat16, torch.uint8
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,19 @@ class Method:
 
 
 def engine(name: str, *, wire: torch.dtype | None = None, **fields: Any) -> Method:
-    """One of ours; the fields that are not `Method`'s are `arc_topk.Config`'s."""
+    """One of ours; the fields that are not `Method`'s are `arc_topk.Config`'s.
+
+    ``wire``: rows and second factors travel in it, and the first collective in bfloat16.
+    """
     own = {
         key: fields.pop(key) for key in ("tuned_as", "budgeted", "curve", "ranks") if key in fields
     }
-    config = {**fields, **({} if wire is None else {"wire_dtype": wire})}
+    config = {**fields, **({} if wire is None else {"wire_dtype": wire, "sketch_dtype": BF16})}
     return Method(name, "engine", config, **own)
 
 
-ARC, EF14, EF21M = {"compressor": "arc_topk"}, {"feedback": "ef14"}, {"feedback": "ef21m"}
+ARC, LOW_RANK = {"compressor": "arc_topk"}, {"compressor": "low_rank"}
+EF14, EF21M = {"feedback": "ef14"}, {"feedback": "ef21m"}
 DENSE = {"compressor": "dense", "feedback": "none"}
 
 TABLE = {
@@ -54,8 +58,13 @@ TABLE = {
     for method in (
         engine("dense", **DENSE, budgeted=False, ranks=True),
         Method("bf16 hook (torch)", "bf16_hook", tuned_as="dense", budgeted=False),
+        engine("low rank, uint8", **LOW_RANK, **EF14, wire=UINT8, curve=True, ranks=True),
+        engine("low rank, bf16", **LOW_RANK, **EF14, wire=BF16, tuned_as="low rank, uint8",
+               curve=True),
+        engine("low rank", **LOW_RANK, **EF14, tuned_as="low rank, uint8"),
         engine("ARC-Top-K", **ARC, **EF14),
-        engine("ARC-Top-K, bf16", **ARC, **EF14, wire=BF16, tuned_as="ARC-Top-K",
+        engine("ARC-Top-K, bf16", **ARC, **EF14, wire=BF16, tuned_as="ARC-Top-K"),
+        engine("ARC-Top-K, uint8", **ARC, **EF14, wire=UINT8, tuned_as="ARC-Top-K",
                curve=True, ranks=True),
         engine("ARC-Top-K EF21M", **ARC, **EF21M, eta=0.3),
         engine("Top-K", compressor="top_k", **EF14, curve=True),

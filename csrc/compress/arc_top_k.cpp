@@ -2,8 +2,8 @@
 // their messages, keep the K rows whose summed sketch is longest - the same rows everywhere, since
 // the sum is - and all-reduce just those. No index travels.
 //
-//   first payload,  work type:  flags | m x r sketches (, m units) | dense tensors of that type
-//   second payload, wire type:  K x n rows | dense tensors of the wire's type
+//   first payload, sketch type:  flags | m x r sketches (, m units) | dense tensors of that type
+//   second payload,  wire type:  K x n rows | dense tensors of the wire's type
 //
 // Units are what rows on an uint8 wire are rounded in: kernels/levels.h.
 #include "compress/compressor.h"
@@ -16,10 +16,10 @@ class ArcTopK final : public Compressor {
   const char* name() const override { return "arc_topk"; }
   bool sketches() const override { return true; }
 
-  // 4 r m + K n w, and the flag; with units 4 m more.
+  // s r m + K n w, and the flag; with units s m more.
   int64_t wire_bytes(const Matrix& x, const Types& types, const Config& config) const override {
     const int64_t units = types.has_units() ? 1 : 0;
-    return size_of(types.work()) * ((config.sketch_dim + units) * x.rows + 1) +
+    return size_of(types.sketch) * ((config.sketch_dim + units) * x.rows + 1) +
            size_of(types.wire) * x.kept * x.cols;
   }
 
@@ -37,10 +37,7 @@ class ArcTopK final : public Compressor {
         s.packed = second;
         second += s.kept * s.cols;
       } else {
-        s.dense_in_first = plan.types.dense == plan.types.work();
-        int64_t& payload = s.dense_in_first ? first : second;
-        s.packed = payload;
-        payload += s.numel;
+        plan.append_dense(s);
       }
     }
   }

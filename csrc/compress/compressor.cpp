@@ -28,11 +28,10 @@ const char* name_of(Phase phase) {
   return "?";
 }
 
-// A wire narrower than the gradient rounds, and a dense tensor has no state to feed that back from:
-// it rides in the gradient's own type where a payload has that type, else in float32.
-DType Compressor::dense_type(DType gradient, DType wire) const {
-  const bool wide = gradient == DType::kF32 || gradient == DType::kF64;
-  return wide || wire == gradient ? gradient : DType::kF32;
+// What is narrower than the gradient rounds, and a dense tensor has no state to feed that back
+// from: it rides in the gradient's own type where a payload has that type, else as the sketches do.
+DType Compressor::dense_type(const Types& types) const {
+  return types.wire == types.gradient ? types.gradient : types.sketch;
 }
 
 int64_t Compressor::kept(const Matrix& matrix, const Types&, const Config& config) const {

@@ -67,7 +67,7 @@ class Compressor {
   // Link traffic of a byte handed over, against a byte handed to an all-reduce (ring algorithms).
   virtual double link_cost(int /*world_size*/) const { return 1; }
   // What a dense tensor rides in, within a bucket of this compressor.
-  virtual DType dense_type(DType gradient, DType wire) const;
+  virtual DType dense_type(const Types& types) const;
   // Sets every offset and size of the payloads.
   virtual void lay_out(Plan& plan, const Config& config) const = 0;
   // Selects rows by a sketch.

@@ -18,7 +18,7 @@ class Dense final : public Compressor {
 
   void lay_out(Plan& plan, const Config&) const override {
     if (plan.in_place) return;
-    const bool first = plan.types.dense == plan.types.work();
+    const bool first = plan.types.dense_in_first();
     for (Segment& s : plan.segments) {
       s.dense_in_first = first;
       s.packed = s.offset;

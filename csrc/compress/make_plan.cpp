@@ -85,8 +85,9 @@ Types types_for(const Config& config, const Compressor& compressor, DType gradie
   Types types{};
   types.gradient = gradient;
   types.state = gradient == DType::kF64 ? DType::kF64 : config.state_dtype.value_or(DType::kF32);
+  types.sketch = config.sketch_dtype.value_or(types.work());
   types.wire = wire_for(config, gradient, world_size);
-  types.dense = compressor.dense_type(gradient, types.wire);
+  types.dense = compressor.dense_type(types);
   return types;
 }
 

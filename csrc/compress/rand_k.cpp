@@ -21,7 +21,7 @@ class RandK final : public Compressor {
   }
 
   // There is one payload, so what is dense rides in the wire's type, rounded if that is narrower.
-  DType dense_type(DType, DType wire) const override { return wire; }
+  DType dense_type(const Types& types) const override { return types.wire; }
 
   void lay_out(Plan& plan, const Config&) const override {
     plan.flags_in_first = false;

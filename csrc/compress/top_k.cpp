@@ -32,11 +32,12 @@ class TopK final : public Compressor {
 
   void lay_out(Plan& plan, const Config&) const override {
     for (Segment& s : plan.segments) {
-      s.dense_in_first = plan.types.dense == plan.types.work();
-      if (s.compressed()) s.dense_in_first = false;
-      int64_t& part = s.dense_in_first ? plan.first_numel : plan.second_numel;
-      s.packed = part;
-      part += s.compressed() ? s.kept : s.numel;
+      if (!s.compressed()) {
+        plan.append_dense(s);
+        continue;
+      }
+      s.packed = plan.second_numel;
+      plan.second_numel += s.kept;
     }
   }
 

@@ -54,7 +54,7 @@ class BucketExchange final : public Step, public CommThread::Job {
   uint64_t seed() const override { return shared_.config.seed; }
   uint64_t number() const override { return number_; }
   Projection projection() override;
-  void all_reduce_first(Phase phase) override { all_reduce(state_.first, phase); }
+  void all_reduce_first(Phase phase) override;
   void all_reduce_second(Phase phase) override { all_reduce(state_.second, phase); }
   void average_gradient(Phase phase) override;
   Gathered all_gather_message(Phase phase) override;

@@ -1,5 +1,5 @@
-// Rows as small integers: the codec of the uint8 wire, for every device. wire.h is the other
-// types'.
+// Rows, and columns of low rank's R_i, as small integers: the codec of the uint8 wire, for every
+// device. wire.h is the other types'.
 //
 // N ranks have the levels -h .. h each, h = floor(127 / N), and send u = level + h, a byte. The sum
 // of N bytes is at most 2 h N <= 254: it cannot overflow, and is exact in any order. A row has one
@@ -9,9 +9,13 @@
 //   second payload:  u = clamp(round(x / D), -h, h) + h; summed on its way
 //   C_i = D (u - h), which leaves the state, and C = D / N (sum of u - N h)
 //
-// c is the uniform step that suits so many levels best where x / rms is N(0, 1).
+// c is the uniform step that suits so many levels best where x / rms is N(0, 1). A column of R_i is
+// a row to it, but for its D: the first payload is sent before there is an R_i, so that D follows
+// from the column of P_i = X_i W, which is as long where W is what it converges to. A D that is too
+// wide costs less than one that cuts off: the levels reach A root mean squares.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -32,6 +36,16 @@ constexpr double kBestStep[kMostRanksOfLevels] = {
     0.204418, 0.231531, 0.248234, 0.267763, 0.290931, 0.290931, 0.318903, 0.353411,
     0.353411, 0.353411, 0.397159, 0.397159, 0.397159, 0.454623, 0.454623, 0.454623,
     0.454623, 0.533822, 0.533822, 0.533822, 0.533822, 0.533822, 0.533822, 0.650770};
+
+// A.
+inline double reach_of_columns(int world_size) {
+  return std::min(7.0, 1.05 * std::log2(2 * most_level(world_size) + 1) + 0.4);
+}
+// This rank's share of the unit of a column of R_i, n long, from the sum of squares of P_i's.
+inline double own_share_of_column(double squares, int64_t n, int world_size) {
+  const double step = reach_of_columns(world_size) / (most_level(world_size) * world_size);
+  return step * std::sqrt(squares / static_cast<double>(n));
+}
 
 ARC_TOPK_HD bool sends_levels(const Bucket& b) { return b.wire_type == DType::kU8; }
 

@@ -23,12 +23,14 @@ struct Shape {
 struct Types {
   DType gradient;
   DType state;
-  DType wire;
-  DType dense;  // what a dense tensor rides in: it has no state to feed a rounding back from
+  DType sketch;  // what the first payload travels in; it is made, and read, in the work type
+  DType wire;    // what the second one is
+  DType dense;   // what a dense tensor rides in: it has no state to feed a rounding back from
 
   DType work() const { return work_type(gradient); }
-  // Rows on an uint8 wire are integers, each in a unit of its own.
+  // What an uint8 wire carries are integers, each in a unit of its own.
   bool has_units() const { return wire == DType::kU8; }
+  bool dense_in_first() const { return dense == sketch; }
 };
 
 // One tensor as the compressor sees it, whatever bucket it is in.
@@ -59,10 +61,18 @@ struct Plan {
   int64_t num_left = 0;              // low rank: elements of all left factors,
   int64_t num_right = 0;             // of all right ones,
   int64_t num_partial = 0;           // and of their sums over strips
-  int64_t first_numel = 0;           // work type
+  int64_t first_numel = 0;           // work type, travels in the sketch's
   int64_t second_numel = 0;          // wire type
   int64_t flags_at = 0;              // element within the payload that carries the flags
   bool flags_in_first = true;
+
+  // A dense tensor's place, behind what its payload holds so far.
+  void append_dense(Segment& s) {
+    s.dense_in_first = types.dense_in_first();
+    int64_t& payload = s.dense_in_first ? first_numel : second_numel;
+    s.packed = payload;
+    payload += s.numel;
+  }
 
   int64_t resync_every = 0;  // steps from one resync of h to the next; 0: never
 

@@ -79,6 +79,9 @@ void allocate_factors(BucketState& s, c10::Device device) {
 void allocate_payloads(BucketState& s, c10::Device device) {
   const Plan& plan = s.plan;
   s.first = one_of(uninitialised(plan.first_numel, scalar_type_of(plan.types.work()), device));
+  if (plan.types.sketch != plan.types.work()) {
+    s.narrow = one_of(uninitialised(plan.first_numel, scalar_type_of(plan.types.sketch), device));
+  }
   s.second = one_of(uninitialised(plan.second_numel, scalar_type_of(plan.types.wire), device));
   // Zeros: those of a tensor that has not been sent yet are compared between ranks as well.
   s.picks = zeros(plan.num_picks, at::kInt, device);

@@ -8,7 +8,7 @@ import pytest
 import torch
 from device import DEVICE, copy_to
 from model import Gradients, Pick, random_gradients
-from oracle_hook import SETTINGS, Observed, Trial, check, gradients_of
+from oracle_hook import LOW_RANK, SETTINGS, Observed, Trial, check, gradients_of
 from ranks import Pools, Ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -162,8 +162,15 @@ def leave_unused(wrap: Any, rank: int, world_size: int, steps: int) -> Observed:
     return seen
 
 
-def test_unused_for_a_hundred_steps_and_then_back(ranks: Ranks) -> None:
-    for trials in check(ranks, leave_unused, 100):
+@pytest.mark.parametrize(
+    ("steps", "settings"),
+    [(100, [s for s in SETTINGS if s not in LOW_RANK]), (10, LOW_RANK)],
+    ids=["by row or element", "low rank"],
+)
+def test_unused_for_a_hundred_steps_and_then_back(
+    ranks: Ranks, steps: int, settings: list[dict[str, Any]]
+) -> None:
+    for trials in check(ranks, leave_unused, steps, settings=settings):
         for trial in trials:
             unused = [out is None for out in trial.got[::4]]
             assert unused == 3 * [False] + 3 * [True] + 3 * [False]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from device import DEVICE
-from oracle_hook import Observed, check, gradients_of, noise
+from oracle_hook import LOW_RANK, SETTINGS, Observed, check, gradients_of, noise
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -92,7 +92,9 @@ def close_over(wrap: Any, rank: int, world_size: int) -> Observed:
 
 
 def test_closures_that_are_called_several_times_a_step(ranks: Ranks) -> None:
-    for trials in check(ranks, close_over):
+    # LBFGS divides by differences of gradients, and low rank's last bits differ most.
+    settings = [setting for setting in SETTINGS if setting not in LOW_RANK]
+    for trials in check(ranks, close_over, settings=settings):
         assert all(trial.steps[0] > STEPS for trial in trials)
 
 

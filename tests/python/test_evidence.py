@@ -290,8 +290,8 @@ def test_the_page_is_written_from_the_results(tmp_path: Path) -> None:
         for seed, loss in zip(SEEDS[1:], seeds[1:], strict=True):
             budget = 0.1 if TABLE[name].budgeted else None
             results.add(Run("lm-small", name, budget, 4, 600, seed, 1e-2, 0.5), record(loss))
-    bf16 = Run("lm-small", "ARC-Top-K, bf16", 0.006, 4, 600, 0, 1e-2, 0.5)
-    results.add(bf16, {"least": 0.0123})
+    uint8 = Run("lm-small", "ARC-Top-K, uint8", 0.006, 4, 600, 0, 1e-2, 0.5)
+    results.add(uint8, {"least": 0.0123})
 
     page.write(results, tmp_path)
     text = (tmp_path / "results.md").read_text()
@@ -301,7 +301,7 @@ def test_the_page_is_written_from_the_results(tmp_path: Path) -> None:
     assert ["dense", "", "10.00 %", "10.00 %", "0.01", "0.5", "1.720 +- 0.020", "+0.0 %"] in cells
     arc = ["ARC-Top-K", "10 %", "10.00 %", "10.00 %", "0.01", "0.5", "1.830 +- 0.030", "+6.4 %"]
     assert arc in cells
-    assert ["ARC-Top-K, bf16", "0.6 %", "least: 1.23 %", *3 * [""], "out of reach", ""] in cells
+    assert ["ARC-Top-K, uint8", "0.6 %", "least: 1.23 %", *3 * [""], "out of reach", ""] in cells
     assert ["Rand-K", "10 %", "", "", "", "", "not run", ""] in cells
     assert f"of {len(plan())} planned runs are done" in text
     assert (tmp_path / "results-lm-small.png").stat().st_size > 1000

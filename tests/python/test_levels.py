@@ -218,7 +218,8 @@ def test_a_constant_gradient_arrives_whole() -> None:
 def test_compressors_without_a_first_collective_refuse_it(compressor: str) -> None:
     with pytest.raises(ValueError, match="wire_dtype") as raised:
         arc_topk.Config(compressor=compressor, wire_dtype=torch.uint8)
-    for words in ("wire_dtype is torch.uint8", f"'{compressor}'", "'arc_topk'", "bfloat16"):
+    named = ("wire_dtype is torch.uint8", f"'{compressor}'", "'arc_topk'", "'low_rank'", "bfloat16")
+    for words in named:
         assert words in str(raised.value)
 
 

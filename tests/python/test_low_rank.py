@@ -15,7 +15,15 @@ import torch
 from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks, message_of
-from test_engine import DTYPES, LAYOUTS, STEPS, assert_same_bits, check_against_oracle, run_native
+from test_engine import (
+    DTYPES,
+    LAYOUTS,
+    STEPS,
+    TOLERANCE,
+    assert_same_bits,
+    check_against_oracle,
+    run_native,
+)
 from torch import Tensor
 
 import arc_topk
@@ -43,6 +51,38 @@ def test_wire_types_feed_their_rounding_back(
         assert runs[0].wire_bytes == oracle.wire_bytes
         assert runs[0].metrics["wire_bytes"] == STEPS * oracle.wire_bytes
         assert {t for t, v in enumerate(oracle.views) if v.compressed} >= set(MATRICES)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("feedback", ["none", "ef14"])
+def test_bytes_agree_with_the_oracle(pools: Pools, feedback: str, world_size: int) -> None:
+    """In float64 to its last digits, where no unit is rounded otherwise."""
+    config = {"compressor": "low_rank", "rank": 2, "feedback": feedback, "wire_dtype": torch.uint8}
+    gradients = random_gradients(LAYOUTS, world_size, STEPS, torch.float64)
+    run = pools.of(world_size).run
+    runs = run(run_native, LAYOUTS, gradients, torch.float64, config, SMALL_BUCKETS)
+    oracle = check_against_oracle(runs, LAYOUTS, gradients, torch.float64, config)
+    assert runs[0].wire_bytes == oracle.wire_bytes
+    assert runs[0].metrics["wire_bytes"] == STEPS * oracle.wire_bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_lose_nothing_in_any_type(ranks: Ranks, dtype: torch.dtype) -> None:
+    for sketch in (None, torch.bfloat16):
+        config = {"compressor": "low_rank", "rank": 2, "wire_dtype": torch.uint8}
+        config["sketch_dtype"] = sketch
+        gradients = random_gradients(LAYOUTS, 2, 4, dtype)
+        runs = ranks.run(saved_each_step, gradients, config, dtype)
+        near = 1e-4 if dtype in (torch.float32, torch.float64) else TOLERANCE[dtype]
+        for t in MATRICES:
+            given = torch.stack([own[t] for step in gradients for own in step]).double()  # type: ignore[misc]
+            applied = torch.stack([out[t].double() for out, _ in runs[0]]).sum(dim=0)  # type: ignore[union-attr]
+            owed = [
+                run[-1][1]["own"][f"rank_{i}"][f"tensors.{t}"]["a"].double()
+                for i, run in enumerate(runs)
+            ]
+            total = applied + torch.stack(owed).mean(dim=0)
+            torch.testing.assert_close(total, given.sum(dim=0) / 2, rtol=near, atol=near)
 
 
 def saved_each_step(

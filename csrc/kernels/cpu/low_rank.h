@@ -19,6 +19,8 @@ struct LowRankSteps {
   void (*receive)(const Bucket&, const Segment&);  // R and W
   void (*reclaim)(const Bucket&, const Segment&);
 
+  void (*tell_units)(const Bucket&, const Segment&);  // this rank's shares, behind P_i
+
   // --- a piece: whole rows ---
   // X_i, stored if `store`, and its product with W. Returns whether every candidate was finite.
   bool (*prepare)(const Bucket&, const Piece&, bool store);

@@ -14,6 +14,7 @@ const LowRankSteps low_rank_steps = {
     .send = send,
     .receive = receive,
     .reclaim = reclaim_factor,
+    .tell_units = tell_units,
     .prepare = prepare_message,
     .settle = settle,
     .apply = apply_factors,

@@ -253,6 +253,45 @@ inline void for_columns(const Segment& s, const F& f) {
   }
 }
 
+// --- on bytes: units
+// ------------------------------------------------------------------------------
+
+inline void tell_units(const Bucket& b, const Segment& s) {
+  with_work_type(b, [&]<class T>(T) {
+    const T* p = static_cast<const T*>(b.first) + s.sketch;
+    T* units = static_cast<T*>(b.first) + s.units(s.kept);
+    for (int64_t c = 0; c < s.kept; ++c) {
+      double squares = 0;
+      for (int64_t i = 0; i < s.rows; ++i) {
+        const auto x = static_cast<double>(p[i * s.kept + c]);
+        squares += x * x;
+      }
+      units[c] = static_cast<T>(own_share_of_column(squares, s.cols, b.world_size));
+    }
+  });
+}
+
+// D of a column of R, from all ranks' shares.
+template <class T>
+inline T unit_of_column(const Bucket& b, const Segment& s, const Levels<T>& levels, int64_t c) {
+  return levels.unit((static_cast<const T*>(b.first) + s.units(s.kept))[c]);
+}
+
+// --- R
+// --------------------------------------------------------------------------------------------
+
+// What arrives of n elements x[] of R_i's column c, from row j on; puts them on the wire.
+template <class T>
+inline const T* round_column(const Bucket& b, const Segment& s, int64_t c, int64_t j, int64_t n,
+                             const T* x, T* rounded) {
+  const int64_t at = s.packed + c * s.cols + j;
+  if (!sends_levels(b)) return round_to_wire(b, x, n, b.second, at, rounded);
+  const Levels<T> levels(b);
+  auto* bytes = static_cast<uint8_t*>(b.second) + at;
+  round_to_levels(levels, unit_of_column(b, s, levels, c), x, n, bytes, rounded);
+  return rounded;
+}
+
 inline void send(const Bucket& b, const Segment& s, bool normal) {
   if (!normal) {
     const int64_t size = size_of(b.wire_type);
@@ -272,7 +311,7 @@ inline void send(const Bucket& b, const Segment& s, bool normal) {
         for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
       }
       for (int64_t i = 0; i < n; ++i) sum[i] = is_finite(sum[i]) ? sum[i] : T(0);
-      const T* sent = round_to_wire(b, sum, n, b.second, s.packed + c * s.cols + j, rounded);
+      const T* sent = round_column(b, s, c, j, n, sum, rounded);
       if (remembers(b)) std::copy_n(sent, n, right_of<T>(b, s) + c * stride + j);
     });
   });
@@ -282,11 +321,18 @@ inline void receive(const Bucket& b, const Segment& s) {
   with_work_type(b, [&]<class T>(T) {
     const int64_t stride = factor_stride(s.cols);
     const T factor = mean_factor<T>(b);
+    const Levels<T> levels(b);
     T* r = partial_of<T>(b, s, 0);
     alignas(64) T buffer[kChunk];
     for_columns(s, [&](int64_t c, int64_t j, int64_t n) {
-      const T* sum = load(b.second, b.wire_type, s.packed + c * s.cols + j, n, buffer);
-      for (int64_t i = 0; i < n; ++i) r[c * stride + j + i] = sum[i] * factor;
+      const int64_t at = s.packed + c * s.cols + j;
+      T* to = r + c * stride + j;
+      if (sends_levels(b)) {
+        const auto* sums = static_cast<const uint8_t*>(b.second) + at;
+        return mean_of_bytes(levels, unit_of_column(b, s, levels, c), sums, n, to);
+      }
+      const T* sum = load(b.second, b.wire_type, at, n, buffer);
+      for (int64_t i = 0; i < n; ++i) to[i] = sum[i] * factor;
     });
     for (int64_t c = 0; c < s.kept; ++c)
       unit_column(r + c * stride, s.cols, basis_of(b, s) + c * stride);

@@ -1,0 +1,191 @@
+"""A first collective in bfloat16: half its bytes, and nothing of the gradient lost by it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from device import DEVICE
+from model import Gradients, backward, random_gradients, wrap
+from ranks import Pools, Ranks
+from test_engine import (
+    FEEDBACKS,
+    LAYOUTS,
+    LOW_RANK,
+    STEPS,
+    TOLERANCE,
+    assert_same_bits,
+    picked_rows,
+    run_native,
+)
+from torch import Tensor
+
+import arc_topk
+from arc_topk.plan import make_plan
+from arc_topk.reference import Oracle
+
+F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+SMALL_BUCKETS = {"bucket_cap_mb": 0.004}
+
+
+# --- what is chosen, and what it costs
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressor", ["rand_k", "top_k", "dense"])
+def test_compressors_without_sketches_refuse_it(compressor: str) -> None:
+    with pytest.raises(ValueError, match="sketch_dtype") as raised:
+        arc_topk.Config(compressor=compressor, sketch_dtype=BF16)
+    for words in ("sketch_dtype is torch.bfloat16", f"'{compressor}'", "'arc_topk'", "'low_rank'"):
+        assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("wrong", [torch.float16, torch.float32, torch.uint8, "bf16"])
+def test_other_types_are_refused(wrong: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"sketch_dtype.*bfloat16"):
+        arc_topk.Config(sketch_dtype=wrong)
+
+
+NAMED = [("w", torch.empty(1000, 256)), ("b", torch.empty(256))]
+
+
+@pytest.mark.parametrize(
+    ("config", "matrix", "dense"),
+    [
+        ({}, 2 * (4 * 1000 + 1) + 4 * 100 * 256, F32),  # beside the rows, which are float32
+        ({"wire_dtype": BF16}, 2 * (4 * 1000 + 1) + 2 * 100 * 256, BF16),
+        ({"wire_dtype": U8, "sketch_dim": 1}, 2 * (2 * 1000 + 1) + 100 * 256, BF16),
+        ({"compressor": "low_rank", "rank": 3}, 2 * (3 * 1000 + 1) + 4 * 3 * 256, F32),
+        (
+            {"compressor": "low_rank", "rank": 3, "wire_dtype": U8},
+            2 * (3 * 1001 + 1) + 3 * 256,
+            BF16,
+        ),
+        # 0.1 x 4 x 256000 bytes, whatever a dense tensor travels in.
+        (
+            {"compressor": "low_rank", "ratio": 0.1, "wire_dtype": U8},
+            2 * (45 * 1001 + 1) + 45 * 256,
+            BF16,
+        ),
+    ],
+)
+def test_bytes_and_types_of_the_plan(
+    config: dict[str, Any], matrix: int, dense: torch.dtype
+) -> None:
+    config = {"ratio": 0.1, "sketch_dtype": BF16, **config}
+    plan = make_plan(arc_topk.Config(**config), NAMED, 4)
+    oracle = Oracle([t for _, t in NAMED], F32, 4, **config)
+    assert [row.wire_bytes for row in plan.rows] == [matrix, 256 * dense.itemsize]
+    assert plan.rows[1].wire_dtype == oracle.types.dense == dense
+    assert plan.wire_bytes == oracle.wire_bytes
+
+
+# --- the engine against the oracle
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_rows_are_as_exact_as_ever(pools: Pools, feedback: str, world_size: int) -> None:
+    """Another sketch may pick other rows; what it picks is averaged to the last digits."""
+    for dtype, wire in itertools.product([F32, torch.float64, BF16], [None, BF16]):
+        config = {"feedback": feedback, "ratio": 0.2, "wire_dtype": wire, "sketch_dtype": BF16}
+        gradients = random_gradients(LAYOUTS, world_size, STEPS, dtype)
+        runs = pools.of(world_size).run(
+            run_native, LAYOUTS, gradients, dtype, config, SMALL_BUCKETS
+        )
+        oracle = Oracle(LAYOUTS, dtype, world_size, **config)
+        before: list[Tensor | None] = [None] * len(LAYOUTS)
+        shared = feedback in ("ef21", "ef21m")
+        for number, step in enumerate(gradients):
+            got = runs[0].outputs[number]
+            for run in runs[1:]:
+                assert_same_bits(run.outputs[number], got)
+            picked = [
+                None if out is None else picked_rows(oracle, out, before[t] if shared else None, t)
+                for t, out in enumerate(got)
+            ]
+            results = oracle.step(step, selected=picked, rtol=5e-2)  # type: ignore[arg-type]
+            for t, (out, result) in enumerate(zip(got, results, strict=True)):
+                assert out is not None
+                travels = oracle.types.wire if result.kind == "compressed" else oracle.types.dense
+                near = max(TOLERANCE[dtype], TOLERANCE[travels])
+                torch.testing.assert_close(
+                    out.double(), result.output.double(), rtol=near, atol=near,
+                    msg=lambda m, at=(dtype, wire, number, t): f"{at}: {m}",
+                )  # fmt: skip
+                before[t] = out
+        assert runs[0].wire_bytes == oracle.wire_bytes
+        if feedback in ("none", "ef14"):
+            assert runs[0].metrics["wire_bytes"] == STEPS * oracle.wire_bytes
+
+
+def applied_and_owed(
+    rank: int, world_size: int, gradients: Gradients, config: dict[str, Any]
+) -> tuple[list[list[Tensor | None]], dict[str, Any]]:
+    model = wrap(LAYOUTS, F32, **SMALL_BUCKETS)
+    state = arc_topk.register(model, **config)
+    outputs = [backward(model, step[rank]) for step in gradients]
+    return outputs, state.state_dict(gather=False)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("wire", [None, U8])
+@pytest.mark.parametrize("compressor", ["arc_topk", *sorted({name for name, _ in LOW_RANK})])
+def test_what_was_applied_and_what_is_owed_is_what_was_given(
+    pools: Pools, compressor: str, wire: torch.dtype | None
+) -> None:
+    for world_size in (1, 2, 4):
+        config = {"compressor": compressor, "ratio": 0.2, "wire_dtype": wire, "sketch_dtype": BF16}
+        gradients = random_gradients(LAYOUTS, world_size, 6, F32)
+        runs = pools.of(world_size).run(applied_and_owed, gradients, config)
+        oracle = Oracle(LAYOUTS, F32, world_size, **config)
+        compressed = [t for t, view in enumerate(oracle.views) if view.compressed]
+        assert compressed
+        for t in compressed:
+            given = torch.stack([own[t] for step in gradients for own in step]).double()  # type: ignore[misc]
+            applied = torch.stack([out[t].double() for out in runs[0][0]]).sum(dim=0)  # type: ignore[union-attr]
+            owed = [
+                run[1]["own"][f"rank_{i}"][f"tensors.{t}"]["a"].double()
+                for i, run in enumerate(runs)
+            ]
+            total = applied + torch.stack(owed).mean(dim=0)
+            torch.testing.assert_close(total, given.sum(dim=0) / world_size, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("compressor", ["arc_topk", *sorted({name for name, _ in LOW_RANK})])
+def test_flags_survive_the_narrow_type(ranks: Ranks, compressor: str) -> None:
+    """NaN on one rank is NaN on all, for that tensor alone; and nobody is put off by it."""
+    gradients = random_gradients(LAYOUTS, 2, 4, F32)
+    spoilt = gradients[2][1][0]
+    assert spoilt is not None
+    spoilt[3, 5] = math.nan
+    config = {"compressor": compressor, "ratio": 0.2, "sketch_dtype": BF16}
+    runs = ranks.run(run_native, LAYOUTS, gradients, F32, config, SMALL_BUCKETS)
+    for run in runs:
+        for number, outputs in enumerate(run.outputs):
+            assert_same_bits(outputs, runs[0].outputs[number])
+            for t, out in enumerate(outputs):
+                assert out is not None
+                assert bool(out.isfinite().all()) == ((number, t) != (2, 0))
+
+
+def leave_out(rank: int, world_size: int, config: dict[str, Any]) -> list[Tensor]:
+    tensors = [torch.zeros(40, 24, device=DEVICE), torch.zeros(33, 70, device=DEVICE)]
+    exchange = arc_topk.GradientExchange(tensors, **config)
+    given = [torch.ones(40, 24, device=DEVICE) if rank == 0 else None, None]
+    return [out.cpu() for out in exchange.all_reduce_(given, none_as_zero=True)]
+
+
+@pytest.mark.device
+def test_unused_on_some_ranks_and_on_all(ranks: Ranks) -> None:
+    zero, one = ranks.run(leave_out, {"ratio": 0.5, "sketch_dtype": BF16})
+    assert_same_bits(zero, one)
+    rows = zero[0].any(dim=1)
+    assert int(rows.sum()) == 20 and torch.equal(zero[0][rows], torch.full((20, 24), 0.5))
+    assert not zero[1].any()
