@@ -1,4 +1,4 @@
-"""The demo: one model, five ways to average its gradients.
+"""The demo: one model, six ways to average its gradients.
 
 ``python examples/train_ddp.py --demo`` (what ``make demo`` runs) trains them one after the other on
 the same ranks, checks each run, and writes table and picture.
@@ -31,7 +31,8 @@ class Way:
 
     Each way had seven tries of 300 steps, the ranks simulated in one process (beta1 of 0, 0.5 and
     0.9, learning rates from 3e-3 to 2e-2, EF21M's eta of 0.1 and 0.3), then three good ones of
-    those in this demo; the best of the three is here, all with one seed.
+    those in this demo; the best of the three is here, all with one seed. Low rank has what was best
+    of four learning rates in `make evidence`.
     """
 
     name: str
@@ -40,16 +41,20 @@ class Way:
     beta1: float
     lr: float
     eta: float | None = None
+    wire_dtype: str | None = None
+    sketch_dtype: str | None = None
     color: str = ""
 
 
 WAYS = (
     Way("dense", "dense", "none", 0.5, 5e-3, color="#444444"),
     Way("ARC-Top-K EF14", "arc_topk", "ef14", 0.5, 1e-2, color="#0072b2"),
+    Way("low rank EF14, uint8", "low_rank", "ef14", 0.5, 1e-2, wire_dtype="uint8",
+        sketch_dtype="bfloat16", color="#cc79a7"),
     Way("ARC-Top-K EF21M", "arc_topk", "ef21m", 0.0, 6e-3, eta=0.3, color="#56b4e9"),
     Way("Top-K EF14", "top_k", "ef14", 0.5, 1e-2, color="#d55e00"),
     Way("Rand-K EF14", "rand_k", "ef14", 0.0, 5e-3, color="#009e73"),
-)
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +108,9 @@ def options_of(way: Way, options: argparse.Namespace) -> argparse.Namespace:
     """The command line's options with one way's own settings in their place."""
     options = copy.copy(options)
     options.compressor, options.feedback, options.eta = way.compressor, way.feedback, way.eta
+    options.wire_dtype, options.sketch_dtype = way.wire_dtype, way.sketch_dtype
     options.lr, options.betas = way.lr, (way.beta1, options.betas[1])
-    slug = way.name.lower().replace(" ", "-")
+    slug = way.name.lower().replace(" ", "-").replace(",", "")
     options.csv = options.out / f"{slug}.csv"
     options.tensorboard = options.tensorboard and options.tensorboard / slug
     options.checkpoint = options.resume = None

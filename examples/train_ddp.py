@@ -46,7 +46,7 @@ examples:
   python examples/train_ddp.py --checkpoint run.pt --save-every 100
   python examples/train_ddp.py --resume run.pt --steps 1200
                                                         save, and go on later
-  python examples/train_ddp.py --demo                   compare five ways; table, picture: demo/
+  python examples/train_ddp.py --demo                   compare six ways; table, picture: demo/
 
 choosing settings:
   Error feedback sends what was held back some steps later, in one piece. Momentum in the optimizer
@@ -87,10 +87,17 @@ def parser() -> argparse.ArgumentParser:
         help="how gradients are averaged (default %(default)s); dense: as plain DDP")  # fmt: skip
     add("--feedback", default="ef14", choices=("none", "ef14", "ef21", "ef21m"),
         help="what becomes of what was not sent; ef21m is the paper's")  # fmt: skip
-    add("--ratio", type=float, default=0.1, help="kept share of a matrix's rows, 0 to 1")
+    add("--ratio", type=float, default=0.1,
+        help="kept share of a matrix's rows, low rank: of its bytes; 0 to 1")  # fmt: skip
+    add("--rank", type=int, help="columns of low rank's factors (default: by --ratio)")
     add("--eta", type=float, help="momentum of ef21m, 0 to 1 (default 0.1); only with ef21m")
     add("--sketch-dim", type=int, default=4, help="columns of the sketch (default %(default)s)")
     add("--row-width", type=int, help="rows are runs of this many elements (default: natural rows)")
+
+    add("--wire-dtype", choices=("bfloat16", "float16", "uint8"),
+        help="what rows and second factors travel in (default: float32)")  # fmt: skip
+    add("--sketch-dtype", choices=("bfloat16",),
+        help="what sketches and first factors travel in (default: float32)")  # fmt: skip
 
     group = p.add_argument_group("training")
     add = group.add_argument
@@ -123,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
 
     group = p.add_argument_group("demo")
     add = group.add_argument
-    add("--demo", action="store_true", help="train five ways one after the other and compare")
+    add("--demo", action="store_true", help="train six ways one after the other and compare")
     add("--quick", action="store_true", help="with --demo: a few steps each, to check that it runs")
     add("--out", type=Path, default=Path("demo"), help="folder of the demo's output (demo/)")
     return p
@@ -217,8 +224,12 @@ def due(step: int, every: int, steps: int) -> bool:
 
 def compression(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of arc_topk.Config, from the command line's flags of the same names."""
-    names = ("compressor", "feedback", "ratio", "eta", "sketch_dim", "row_width", "seed")
-    return {name: getattr(options, name) for name in names}
+    names = ("compressor", "feedback", "ratio", "rank", "eta", "sketch_dim", "row_width", "seed")
+    types = {name: getattr(options, name) for name in ("wire_dtype", "sketch_dtype")}
+    return {
+        **{name: getattr(options, name) for name in names},
+        **{name: type and getattr(torch, type) for name, type in types.items()},
+    }
 
 
 def warmup_cosine(step: int, warmup: int, steps: int) -> float:

@@ -56,7 +56,10 @@ class Chance {
     config.eta = share();
     config.start_step = integer(0, 3) == 0 ? 1 : 0;
     if (integer(0, 1) == 0) config.wire_dtype = type();
-    if (config.compressor == "arc_topk" && integer(0, 2) == 0) config.wire_dtype = DType::kU8;
+    if (config.compressor == "arc_topk" || config.compressor == "low_rank") {
+      if (integer(0, 2) == 0) config.wire_dtype = DType::kU8;
+      if (integer(0, 1) == 0) config.sketch_dtype = DType::kBF16;
+    }
     if (integer(0, 1) == 0) config.state_dtype = one_of(states);
     config.seed = engine_();
     config.check_every = integer(0, 2);

@@ -73,6 +73,7 @@ void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>
       const int64_t at = plan.factors[static_cast<size_t>(&s - plan.segments.data())].left;
       left.push_back({at, at + s.rows * s.kept});
       first.push_back({s.sketch, s.sketch + s.rows * s.kept});
+      if (plan.types.wire == DType::kU8) first.push_back({s.units(s.kept), s.units(s.kept) + s.kept});
     }
     second.push_back({s.packed, s.packed + s.kept * s.cols});
     if (config.compressor == "arc_topk") {
@@ -87,7 +88,7 @@ void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>
   if (!plan.in_place) {
     expect_full(first, plan.first_numel);
     expect_full(second, plan.second_numel);
-    int64_t bytes = plan.first_numel * size_of(plan.types.work()) +
+    int64_t bytes = plan.first_numel * size_of(plan.types.sketch) +
                     plan.second_numel * size_of(plan.types.wire);
     if (gathers) bytes += 4 * (plan.num_picks + plan.num_flags);
     ASSERT_EQ(plan.wire_bytes, bytes);

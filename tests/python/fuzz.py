@@ -27,6 +27,7 @@ GOOD: dict[str, list[Any]] = {
     "eta": [None, 0.1, 1],
     "start_step": [0, 3, 2**62],
     "wire_dtype": [None, *DTYPES, torch.uint8],
+    "sketch_dtype": [None, torch.bfloat16],
     "state_dtype": [None, torch.float32, torch.bfloat16],
     "seed": [0, 2**64 - 1],
     "check_every": [0, 1, 2**62],
@@ -76,8 +77,8 @@ def check(number: int) -> str:
             or (fields.get("rank") is not None and not low_rank)
             or (low_rank and fields.get("feedback") in ("ef21", "ef21m"))
             or (
-                fields.get("wire_dtype") == torch.uint8
-                and fields.get("compressor", "arc_topk") != "arc_topk"
+                (fields.get("wire_dtype") == torch.uint8 or fields.get("sketch_dtype") is not None)
+                and fields.get("compressor", "arc_topk") not in ("arc_topk", "low_rank")
             )
         )
         assert strange or lonely, (fields, text)

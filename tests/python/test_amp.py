@@ -32,10 +32,14 @@ INTEGERS = "arc_topk on an uint8 wire"
 SMALL_BUCKETS = {"bucket_cap_mb": 0.002}
 
 
+LOW_RANK_INTEGERS = "low_rank on an uint8 wire"
+
+
 def chosen(compressor: str) -> dict[str, Any]:
-    """A compressor by its name, or INTEGERS."""
-    if compressor == INTEGERS:
-        return {"compressor": "arc_topk", "wire_dtype": torch.uint8}
+    """A compressor by its name, or with bytes on its wire."""
+    if compressor in (INTEGERS, LOW_RANK_INTEGERS):
+        name = compressor.split()[0]
+        return {"compressor": name, "wire_dtype": torch.uint8, "sketch_dtype": torch.bfloat16}
     return {"compressor": compressor}
 
 
@@ -152,6 +156,7 @@ def scaled_run(
 
 FIRST, MIDDLE, LAST = 3, 2, 0  # of DDP's buckets, which begin with the last parameters
 SENT = ["arc_topk", "rand_k", "top_k", *dict(LOW_RANK), INTEGERS]
+SENT += [LOW_RANK_INTEGERS] if LOW_RANK else []
 OVERFLOWS: dict[str, dict[int, tuple[int, int]]] = {
     "in the first step": {0: (MIDDLE, 1)},
     "in the first bucket": {2: (FIRST, 1)},

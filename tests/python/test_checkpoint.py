@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks, message_of
-from test_engine import CHOICES, FEEDBACKS, LAYOUTS, assert_same_bits
+from test_engine import CHOICES, FEEDBACKS, LAYOUTS, LOW_RANK, assert_same_bits
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -131,6 +131,7 @@ def run_with_a_stop(
     [
         *((compressor, feedback, None) for compressor, feedback in CHOICES),
         *(("arc_topk", feedback, torch.uint8) for feedback in FEEDBACKS),
+        *((compressor, feedback, torch.uint8) for compressor, feedback in LOW_RANK),
     ],
 )
 def test_training_goes_on_to_the_bit(

@@ -44,6 +44,7 @@ def register_with(rank: int, world_size: int, by_rank: list[dict[str, Any]]) -> 
         ("row_width", (None, 8, None)),
         ("start_step", (0, 0, 1)),
         ("wire_dtype", (None, torch.bfloat16, None)),
+        ("sketch_dtype", (None, None, torch.bfloat16)),
         ("state_dtype", (torch.bfloat16, None, None)),
         ("seed", (1, 2, 3)),
         ("spike_limit", (None, 3.0, None)),

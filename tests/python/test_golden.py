@@ -43,8 +43,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.device]
 
 FILE = Path(__file__).with_name("golden.json")
 WORLD_SIZES = [2, 3]
-COMPRESSORS = ["arc_topk", "rand_k", "top_k", "dense"]
+COMPRESSORS = ["arc_topk", "low_rank", "rand_k", "top_k", "dense"]
 FEEDBACKS = ["none", "ef14", "ef21", "ef21m"]
+TWO_COLLECTIVES = ("arc_topk", "low_rank")  # which take bytes, and a narrow first collective
 DTYPES = ["float32", "float64", "bfloat16", "float16"]
 WIRES = [None, "float32", "bfloat16", "float16"]
 STEPS = 5
@@ -83,13 +84,19 @@ def cases(compressor: str) -> list[Case]:
         config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, "seed": 7, **fields}
         return Case(name, config, getattr(torch, dtype), layout)
 
+    by_bytes = [
+        case(feedback, dtype, wire_dtype=torch.uint8, sketch_dtype=sketch)
+        for feedback, dtype, sketch in itertools.product(FEEDBACKS, DTYPES, [None, torch.bfloat16])
+        if compressor in TWO_COLLECTIVES
+    ]
     product = [
         case(feedback, dtype, **({} if wire is None else {"wire_dtype": getattr(torch, wire)}))
         for feedback, dtype, wire in itertools.product(FEEDBACKS, DTYPES, WIRES)
         if wire != dtype and (wire is None or compressor != "dense")
     ]
-    return [
+    every = [
         *product,
+        *by_bytes,
         case("ef14", "float32", state_dtype=torch.bfloat16),
         case("ef21m", "bfloat16", state_dtype=torch.bfloat16),
         case("ef21m", "float32", eta=0.5, start_step=2),
@@ -98,6 +105,8 @@ def cases(compressor: str) -> list[Case]:
         case("ef14", "float32", "long"),
         case("ef21m", "bfloat16", "long"),
     ]
+    no_ef21 = compressor == "low_rank"
+    return [c for c in every if not (no_ef21 and c.config["feedback"].startswith("ef21"))]
 
 
 def numbers(count: int, seed: str) -> Tensor:
