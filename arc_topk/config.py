@@ -40,7 +40,8 @@ class Config:
         rank: low rank's k, the columns of its factors, 1 or more, the same for every matrix (at
             most min(m, n)); None: by ``ratio``. A step costs about ``6 d k`` multiplications and as
             many additions for d elements: docs/algorithm.md has what that comes to.
-        sketch_dim: r, the columns of the sketch, from 1 to 64. A sketch costs ``4 r`` bytes a row.
+        sketch_dim: r, the columns of the sketch, from 1 to 64. A sketch costs ``4 r`` bytes a row
+            (``2 r`` with ``sketch_dtype``).
         row_width: None keeps whole rows (dimension 0 against the rest). An integer c keeps runs of
             c elements, and then compresses 1-D tensors too. Rand-K over single elements: 1.
         eta: EF21M's momentum, in (0, 1]; None means 0.1. With any other feedback it must be None.

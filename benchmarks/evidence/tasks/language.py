@@ -24,7 +24,7 @@ class Language(Task):
 
     about: ClassVar[str] = "Byte-level transformer on the standard library's source, AdamW"
     unit: ClassVar[str] = "nats a byte"
-    lrs: ClassVar[tuple[float, ...]] = (5e-3, 1e-2, 2e-2, 2.5e-3)
+    lrs: ClassVar[tuple[float, ...]] = (5e-3, 1e-2, 2e-2)
     beta1s: ClassVar[tuple[float, ...]] = (0.5, 0.0, 0.9)
     clip: ClassVar[float | None] = 1.0
     warmup: ClassVar[int] = 50
