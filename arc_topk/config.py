@@ -53,11 +53,12 @@ class Config:
             one more number of the first collective each. They have 127 / N levels either way of
             zero for N ranks; above 32 ranks bfloat16 takes their place (docs/algorithm.md).
         sketch_dtype: what the first collective travels in, with ``"arc_topk"`` and ``"low_rank"``:
-            sketches, low rank's first factor, and the tensors that stay dense where ``wire_dtype``
-            is not the gradient's. None: float32 (float64 for float64 gradients); or
+            sketches, low rank's first factor, and tensors that stay dense where ``wire_dtype`` is
+            narrower than the gradient's. None: float32 (float64 for float64 gradients); or
             ``torch.bfloat16``, half the bytes. What that rounds of a sketch, or of a first factor,
             loses nothing of the gradient; a dense tensor is rounded as torch's own
-            ``bf16_compress_hook`` rounds it.
+            ``bf16_compress_hook`` rounds it. A matrix whose rows or factors would be no fewer bytes
+            than that stays dense.
         state_dtype: what error feedback is kept in: None or ``torch.float32``, or
             ``torch.bfloat16``. float64 gradients always keep float64 state.
         seed: of the random projection V, of Rand-K's draw and of low rank's first basis, in

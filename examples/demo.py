@@ -108,6 +108,7 @@ def options_of(way: Way, options: argparse.Namespace) -> argparse.Namespace:
     """The command line's options with one way's own settings in their place."""
     options = copy.copy(options)
     options.compressor, options.feedback, options.eta = way.compressor, way.feedback, way.eta
+    options.rank = None
     options.wire_dtype, options.sketch_dtype = way.wire_dtype, way.sketch_dtype
     options.lr, options.betas = way.lr, (way.beta1, options.betas[1])
     slug = way.name.lower().replace(" ", "-").replace(",", "")

@@ -6,7 +6,7 @@ later one:
 
 1. random_numbers.py   Philox4x32-10, the projection V, the keys of Rand-K, columns of low rank's W
 2. selection.py        sketch -> scores -> top_rows, and what "a valid top K within rounding" means
-3. levels.py           the uint8 wire: rows as integers, in a unit that all ranks share
+3. levels.py           the uint8 wire: integers, in units that all ranks share
 4. wire.py             what narrowing a value to any other wire's type does to it
 5. compressors.py      messages X_1 .. X_N in, own parts C_1 .. C_N and their mean C out
 6. low_rank.py         the compressor of two thin factors
@@ -47,7 +47,7 @@ on an order of summation (sketches, reductions) is done in float64 and rounded o
 from arc_topk.reference.compressors import arc_topk, rand_k, top_k
 from arc_topk.reference.feedback import EF14, EF21, EF21M
 from arc_topk.reference.layout import flatten, unflatten
-from arc_topk.reference.levels import ColumnLevels, Levels, best_step, most_level, unit_of
+from arc_topk.reference.levels import ColumnLevels, Levels, best_step, most_level, reach, unit_of
 from arc_topk.reference.low_rank import drawn, low_rank, orthonormalise, unit_columns
 from arc_topk.reference.oracle import Oracle
 from arc_topk.reference.plan import Types, matrix_shape
@@ -77,6 +77,7 @@ __all__ = [
     "projection",
     "rand_k",
     "rand_k_keys",
+    "reach",
     "scores",
     "sketch",
     "top_k",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arc_topk.reference.levels import Levels
+from arc_topk.reference.levels import Levels, total_of
 from arc_topk.reference.selection import scores, sketch, top_rows, valid_top_k
 from arc_topk.reference.wire import Wire
 
@@ -107,8 +107,7 @@ def mean_of_sketches(p: Sequence[Tensor], work: torch.dtype, sketch: torch.dtype
     """The mean of what the first collective sums, in float64; in the work type taken for exact."""
     if sketch == work:
         return torch.stack(list(p)).mean(dim=0)
-    total = torch.stack([pi.to(work).to(sketch) for pi in p]).double().sum(dim=0)
-    return total.to(sketch).double() / len(p)
+    return total_of(p, work, sketch).double() / len(p)
 
 
 def rand_k(

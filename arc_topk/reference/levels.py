@@ -81,29 +81,40 @@ class Levels:
 
 @dataclass(frozen=True)
 class ColumnLevels:
-    """The same for low rank's second factor, a unit a column.
+    """The same for low rank's second factor R_i = X_i^T P^, a unit a column.
 
-    Column c of R_i = X_i^T P^ is about as long as that of P_i = X_i W, once W is the R of the step
-    before at unit norm: its root mean square is taken to be ||P_i,c|| / sqrt(n). The levels reach
-    A(L) = min(7, 1.05 log2 L + 0.4) of these: too wide a unit costs less than one that cuts off.
+    No rank has an R_i when the first collective is sent, but that carries P_i = X_i W. Along column
+    c of W, R_i is as long as column c of the mean P. Beside it lies noise: with v the variance of
+    an element of each rank's own, ||P_i,c||^2 is about ||P_c||^2 + (1 - 1/N) m v, and ||R_i,c||^2
+    about ||P_c||^2 + n v, once W has settled. The levels reach A(L) = min(7, 1.05 log2 L + 0.4) of
+    its root mean squares: too wide a unit costs less than one that cuts off.
 
     Attributes:
         world_size: N, at most `MOST_RANKS`.
         work: float32 or float64: the type of units and of what comes back.
-        sketch: the type that units travel in; None: the work type.
+        sketch: the type that norms travel in; None: the work type.
     """
 
     world_size: int
     work: torch.dtype
     sketch: torch.dtype | None = None
 
-    def fitted_columns(self, p: Sequence[Tensor], n: int) -> RowLevels:
-        """The units of R's columns, from the P_i [m, k]."""
-        h = most_level(self.world_size)
-        step = min(7.0, 1.05 * math.log2(2 * h + 1) + 0.4) / (h * self.world_size)
-        own = [(pi.double().square().sum(dim=0) / n).sqrt() * step for pi in p]
-        total = total_of(own, self.work, self.sketch)
-        return RowLevels(self.world_size, unit_of(total, self.world_size))
+    def fitted_columns(self, p: Sequence[Tensor], mean: Tensor, n: int) -> RowLevels:
+        """The units of R's columns, from the P_i [m, k] and their mean as it came back."""
+        ranks = self.world_size
+        own = total_of([pi.double().norm(dim=0) / ranks for pi in p], self.work, self.sketch)
+        every, shared = own.double().square(), mean.double().square().sum(dim=0)
+        noise = torch.zeros_like(every)
+        if ranks > 1:
+            noise = (every - shared).clamp_min(0) / (1 - 1 / ranks)
+        square = shared / n + noise / max(1, p[0].shape[0])
+        unit = reach(ranks) / most_level(ranks) * square.sqrt()
+        return RowLevels(ranks, unit_of(unit.to(self.work), ranks))
+
+
+def reach(world_size: int) -> float:
+    """A(L), rounded to six places as `best_step` is."""
+    return round(min(7.0, 1.05 * math.log2(2 * most_level(world_size) + 1) + 0.4), 6)
 
 
 def total_of(shares: Sequence[Tensor], work: torch.dtype, sketch: torch.dtype | None) -> Tensor:

@@ -103,7 +103,7 @@ def low_rank(
     basis = orthonormalise(p, TOLERANCE[work]).to(work).double()
     r = [(xi.double().T @ basis).to(work) for xi in x]
     # What has overflowed is not sent.
-    codec = wire.fitted_columns(own_p, x[0].shape[1])
+    codec = wire.fitted_columns(own_p, p, x[0].shape[1])
     sent = [codec.send(torch.where(ri.isfinite(), ri, 0.0)) for ri in r]
     mean = codec.mean(sent)
     own = [(basis @ codec.value(s).double().T).to(work) for s in sent]

@@ -50,7 +50,8 @@ class Types:
         sketch: of the first collective; the work type unless told otherwise.
         state: of the error feedback; the work type unless told otherwise, always for float64.
         dense: of a dense tensor on the wire. It has no state to keep what rounding takes away, so
-            it is the gradient's type where one of the collectives has that, else the sketch's.
+            it is the gradient's type where one of the collectives has that, else the sketch's, or
+            the wire's where the sketch's is narrowed below that.
             Rand-K has one payload, hence one type: the wire's.
     """
 
@@ -75,7 +76,8 @@ class Types:
         wire = gradient if wire is None else wire
         state = work if state is None or work == torch.float64 else state
         sketch = work if sketch is None else sketch
-        dense = gradient if gradient in (wire, sketch) else sketch
+        narrowed = sketch not in (work, gradient) and wire.itemsize > sketch.itemsize
+        dense = gradient if wire == gradient else wire if narrowed else sketch
         dense = wire if compressor == "rand_k" else dense
         return cls(gradient, work, wire, sketch, state, dense)
 
@@ -101,15 +103,15 @@ def kept(ratio: float, m: int) -> int:
     return max(1, math.ceil(ratio * m * (1 - 1e-12)))
 
 
-def rank_of(m: int, n: int, types: Types, ratio: float, rank: int | None) -> int:
+def rank_of(m: int, n: int, numel: int, types: Types, ratio: float, rank: int | None) -> int:
     """K of low rank: as asked for, or the most whose factors are `ratio` of the gradient's bytes.
 
     At least 1, at most min(m, n), where C is the mean message itself.
     """
     units = 1 if types.wire == torch.uint8 else 0
     column = (m + units) * types.sketch.itemsize + n * types.wire.itemsize
-    matrix = m * n * types.gradient.itemsize
-    k = math.floor(ratio * matrix * (1 + 1e-12) / column) if rank is None else rank
+    given = numel * types.gradient.itemsize
+    k = math.floor(ratio * given * (1 + 1e-12) / column) if rank is None else rank
     return max(1, min(k, m, n))
 
 
@@ -139,7 +141,7 @@ def plan_view(
         return stays_dense
     m, n = (numel, 1) if compressor == "top_k" else shape
     low_rank = compressor == "low_rank"
-    k = rank_of(m, n, types, ratio, rank) if low_rank else kept(ratio, m)
+    k = rank_of(m, n, numel, types, ratio, rank) if low_rank else kept(ratio, m)
     unit = 1 if types.wire == torch.uint8 else 0
     wire_bytes = {
         "arc_topk": ((sketch_dim + unit) * m + 1) * sketch + k * n * wire,

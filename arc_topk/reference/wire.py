@@ -55,7 +55,7 @@ class Wire:
         total = total.to(self.dtype if self.summed else self.work).to(self.work)
         return total / (self.world_size / self.scale)
 
-    def fitted_columns(self, p: Sequence[Tensor], n: int) -> Wire:
+    def fitted_columns(self, p: Sequence[Tensor], mean: Tensor, n: int) -> Wire:
         """The wire of low rank's second factor: the same for all."""
         return self
 

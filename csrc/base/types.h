@@ -5,7 +5,7 @@
 
 namespace arc_topk {
 
-// kU8 is a wire alone: rows of small integers, see kernels/levels.h.
+// kU8 is a wire alone: small integers, see kernels/levels.h.
 enum class DType : uint8_t { kF32, kF64, kBF16, kF16, kU8 };
 
 constexpr int64_t size_of(DType type) {

@@ -18,8 +18,7 @@ class ArcTopK final : public Compressor {
 
   // s r m + K n w, and the flag; with units s m more.
   int64_t wire_bytes(const Matrix& x, const Types& types, const Config& config) const override {
-    const int64_t units = types.has_units() ? 1 : 0;
-    return size_of(types.sketch) * ((config.sketch_dim + units) * x.rows + 1) +
+    return size_of(types.sketch) * ((config.sketch_dim + types.units()) * x.rows + 1) +
            size_of(types.wire) * x.kept * x.cols;
   }
 
@@ -33,7 +32,7 @@ class ArcTopK final : public Compressor {
       if (s.compressed()) {
         s.sketch = first;
         first += s.rows * config.sketch_dim;
-        if (plan.types.has_units()) first += s.rows;
+        first += s.rows * plan.types.units();
         s.packed = second;
         second += s.kept * s.cols;
       } else {

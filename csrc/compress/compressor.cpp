@@ -29,9 +29,12 @@ const char* name_of(Phase phase) {
 }
 
 // What is narrower than the gradient rounds, and a dense tensor has no state to feed that back
-// from: it rides in the gradient's own type where a payload has that type, else as the sketches do.
+// from: it rides in the gradient's own type where a payload has that type, else as the sketches do,
+// unless these are narrowed below the wire.
 DType Compressor::dense_type(const Types& types) const {
-  return types.wire == types.gradient ? types.gradient : types.sketch;
+  if (types.wire == types.gradient) return types.gradient;
+  const bool narrowed = types.sketch != types.work() && types.sketch != types.gradient;
+  return narrowed && size_of(types.wire) > size_of(types.sketch) ? types.wire : types.sketch;
 }
 
 int64_t Compressor::kept(const Matrix& matrix, const Types&, const Config& config) const {

@@ -3,8 +3,8 @@
 // = P^ R^T. W (n x k) is the R of the step before, its columns at unit norm: the subspace is
 // iterated from step to step.
 //
-//   first payload, sketch type:  flags | m x k products P_i (, k units) | dense tensors of that
-//   type second payload,  wire type:  R_i^T, k x n | dense tensors of the wire's type
+//   first payload, sketch type:  flags | m x k products P_i (, k norms) | dense, of that type
+//   second payload,  wire type:  R_i^T, k x n | dense tensors of the wire's type
 //
 // What rank i has sent is C_i = P^ R_i^T, with R_i as rounded to the wire: the rest stays in e_i.
 #include "kernels/low_rank.h"
@@ -27,8 +27,8 @@ class LowRank final : public Compressor {
   // for; with min(m, n) of them C is the mean message itself.
   int64_t kept(const Matrix& x, const Types& types, const Config& config) const override {
     const int64_t column =
-        size_of(types.sketch) * (x.rows + units(types)) + size_of(types.wire) * x.cols;
-    const int64_t matrix = x.rows * x.cols * size_of(types.gradient);
+        size_of(types.sketch) * (x.rows + types.units()) + size_of(types.wire) * x.cols;
+    const int64_t matrix = x.dense_bytes / size_of(types.dense) * size_of(types.gradient);
     // A product may land a hair below the integer that was meant.
     const double bytes = config.ratio * static_cast<double>(matrix) * (1 + 1e-12);
     const int64_t k = config.rank.value_or(
@@ -43,7 +43,7 @@ class LowRank final : public Compressor {
 
   // s k m + w k n, and the flag; with units s k more.
   int64_t wire_bytes(const Matrix& x, const Types& types, const Config&) const override {
-    return size_of(types.sketch) * (x.kept * (x.rows + units(types)) + 1) +
+    return size_of(types.sketch) * (x.kept * (x.rows + types.units()) + 1) +
            size_of(types.wire) * x.kept * x.cols;
   }
 
@@ -57,7 +57,7 @@ class LowRank final : public Compressor {
       FactorPlace& place = plan.factors.emplace_back();
       if (s.compressed()) {
         s.sketch = first;
-        first += (s.rows + units(plan.types)) * s.kept;
+        first += (s.rows + plan.types.units()) * s.kept;
         s.packed = second;
         second += s.kept * s.cols;
         lay_out_factors(plan, s, place);
@@ -94,9 +94,6 @@ class LowRank final : public Compressor {
   void settle(Step& step) const override { kernels_of(step).settle(step.bucket()); }
 
  private:
-  // A column of R has one, in which its elements are rounded to levels: kernels/levels.h.
-  static int64_t units(const Types& types) { return types.has_units() ? 1 : 0; }
-
   static void lay_out_factors(Plan& plan, const Segment& s, FactorPlace& place) {
     const int64_t strips = (s.rows + kStripRows - 1) / kStripRows;
     const int64_t right = s.kept * factor_stride(s.cols);

@@ -353,7 +353,7 @@ void BucketExchange::all_reduce_first(Phase phase) {
   if (state_.narrow.empty()) return all_reduce(state_.first, phase);
   enter(phase);
   state_.narrow[0].copy_(state_.first[0]);
-  all_reduce(state_.narrow, phase);
+  collectives_.all_reduce(state_.narrow);
   state_.first[0].copy_(state_.narrow[0]);
 }
 

@@ -42,8 +42,8 @@ struct Segment {
   bool dense_in_first;  // dense: rides in the first payload (work type), not the second
 
   constexpr bool compressed() const { return kept > 0; }
-  // Compressed, on an uint8 wire: its m rows' units in the first payload, behind the sketch.
-  constexpr int64_t units(int64_t sketch_dim) const { return sketch + rows * sketch_dim; }
+  // Compressed, on an uint8 wire: units of rows, or of R's columns, behind the sketch or P.
+  constexpr int64_t units(int64_t columns) const { return sketch + rows * columns; }
   constexpr bool has_many_rows() const { return compressed() && rows > kManyRows; }
 };
 

@@ -9,13 +9,13 @@
 //   second payload:  u = clamp(round(x / D), -h, h) + h; summed on its way
 //   C_i = D (u - h), which leaves the state, and C = D / N (sum of u - N h)
 //
-// c is the uniform step that suits so many levels best where x / rms is N(0, 1). A column of R_i is
-// a row to it, but for its D: the first payload is sent before there is an R_i, so that D follows
-// from the column of P_i = X_i W, which is as long where W is what it converges to. A D that is too
-// wide costs less than one that cuts off: the levels reach A root mean squares.
+// c is the uniform step that suits so many levels best where x / rms is N(0, 1).
+//
+// A column of low rank's R_i is a row to it, but for its D: no rank has an R_i when the first
+// payload is sent. That carries how long the columns of P_i = X_i W are, and column_unit() takes it
+// from there.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -37,15 +37,14 @@ constexpr double kBestStep[kMostRanksOfLevels] = {
     0.353411, 0.353411, 0.397159, 0.397159, 0.397159, 0.454623, 0.454623, 0.454623,
     0.454623, 0.533822, 0.533822, 0.533822, 0.533822, 0.533822, 0.533822, 0.650770};
 
-// A.
-inline double reach_of_columns(int world_size) {
-  return std::min(7.0, 1.05 * std::log2(2 * most_level(world_size) + 1) + 0.4);
-}
-// This rank's share of the unit of a column of R_i, n long, from the sum of squares of P_i's.
-inline double own_share_of_column(double squares, int64_t n, int world_size) {
-  const double step = reach_of_columns(world_size) / (most_level(world_size) * world_size);
-  return step * std::sqrt(squares / static_cast<double>(n));
-}
+// A, for 1 to 32 ranks: the levels of a column reach so many of its root mean squares; too wide a D
+// costs less than one that cuts off. min(7, 1.05 log2(2 h + 1) + 0.4), by trials; constants as
+// above.
+constexpr double kReach[kMostRanksOfLevels] = {
+    7.000000, 7.000000, 7.000000, 6.676144, 6.356047, 6.097578, 5.869926, 5.601906,
+    5.500880, 5.276049, 5.149740, 5.011933, 4.860324, 4.860324, 4.691836, 4.502235,
+    4.502235, 4.502235, 4.285462, 4.285462, 4.285462, 4.032403, 4.032403, 4.032403,
+    4.032403, 3.728421, 3.728421, 3.728421, 3.728421, 3.728421, 3.728421, 3.347723};
 
 ARC_TOPK_HD bool sends_levels(const Bucket& b) { return b.wire_type == DType::kU8; }
 
@@ -57,7 +56,8 @@ struct Levels {
   T zeros;    // N h, the sum of what zeros are sent as
   T ranks;    // N
   T largest_unit;
-  double step;  // c / N
+  double step;   // c / N
+  double reach;  // A
 
   explicit Levels(const Bucket& b)
       : used(sends_levels(b)),
@@ -65,12 +65,26 @@ struct Levels {
         zeros(static_cast<T>(b.world_size) * most),
         ranks(static_cast<T>(b.world_size)),
         largest_unit(std::numeric_limits<T>::max() / (most + 1)),
-        step(used ? kBestStep[b.world_size - 1] / b.world_size : 0) {}
+        step(used ? kBestStep[b.world_size - 1] / b.world_size : 0),
+        reach(used ? kReach[b.world_size - 1] : 0) {}
 
   // This rank's share of a row's unit, from the sum of squares of the elements that the row has.
   // That is made in double, where no float's square is too large or too small.
   ARC_TOPK_HD T own_share(double squares, int64_t count) const {
     return static_cast<T>(step * std::sqrt(squares / static_cast<double>(count)));
+  }
+
+  // D of a column of R_i = X_i^T P^, from the mean norm `own` of the ranks' columns of P_i = X_i W
+  // and the squared norm of the column of their mean. Where the first is more than the second, the
+  // ranks have noise of their own, of some variance an element: in m elements of P_i's column, in n
+  // of R_i's. Along w, R_i's column is as long as the mean one of P is.
+  ARC_TOPK_HD T column_unit(T own, double squares, int64_t m, int64_t n) const {
+    const double all = static_cast<double>(own) * static_cast<double>(own);
+    const double count = static_cast<double>(ranks);
+    const bool noisy = count > 1 && all > squares;
+    const double noise = noisy ? (all - squares) / (1 - 1 / count) : 0;
+    const double square = squares / static_cast<double>(n) + noise / static_cast<double>(m);
+    return unit(static_cast<T>(reach / static_cast<double>(most) * std::sqrt(square)));
   }
 
   // D, from the sum of all ranks' shares. Its last eight bits are zero, so that D times a level is

@@ -28,8 +28,9 @@ struct Types {
   DType dense;   // what a dense tensor rides in: it has no state to feed a rounding back from
 
   DType work() const { return work_type(gradient); }
-  // What an uint8 wire carries are integers, each in a unit of its own.
-  bool has_units() const { return wire == DType::kU8; }
+  // An uint8 wire carries integers, each row or column in a unit of its own: what that is made
+  // from travels beside the row of the sketch, or the column of P_i.
+  int64_t units() const { return wire == DType::kU8 ? 1 : 0; }
   bool dense_in_first() const { return dense == sketch; }
 };
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/reciprocal.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <stdexcept>
@@ -181,6 +182,9 @@ std::unique_ptr<BucketState> make_bucket_state(const Config& config, const Compr
                                                int world_size, std::vector<Layout> layouts,
                                                const std::vector<Shape>& shapes,
                                                const at::Tensor& buffer, bool may_be_unused) {
+  // Memory that outlives an inference_mode in which it may be first needed: torch's own operations
+  // could not write to it later.
+  const c10::InferenceMode off(false);
   auto s = std::make_unique<BucketState>();
   const c10::Device device = buffer.device();
   s->backend = backend_for(device);

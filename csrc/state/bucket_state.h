@@ -42,8 +42,7 @@ struct BucketState {
   // Vectors of one tensor, as collectives want them, so that a step makes none. The gradient is
   // held only while its exchange is in the air: DDP frees its buffers when it makes others.
   std::vector<at::Tensor> gradient, first, second, message;
-  std::vector<at::Tensor>
-      narrow;  // what the first payload travels in, where that is not its own type
+  std::vector<at::Tensor> narrow;  // what the first payload travels in, if not in its own type
   at::Tensor gathered;
   at::Tensor picks, marks, scratch, withheld, is_withheld;
   at::Tensor energy;  // an Energy, as two doubles

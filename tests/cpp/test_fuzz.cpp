@@ -51,8 +51,9 @@ void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>
     bucket.push_back({s.offset, s.offset + s.numel});
     dense_bytes += s.numel * size_of(plan.types.gradient);
     if (!s.compressed()) {
-      if (!plan.in_place)
-        (s.dense_in_first ? first : second).push_back({s.packed, s.packed + s.numel});
+      if (plan.in_place) continue;
+      (s.dense_in_first ? first : second).push_back({s.packed, s.packed + s.numel});
+      ASSERT_EQ(s.dense_in_first ? plan.types.sketch : plan.types.wire, plan.types.dense);
       continue;
     }
     ASSERT_GE(s.kept, 1);

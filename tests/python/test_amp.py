@@ -39,7 +39,8 @@ def chosen(compressor: str) -> dict[str, Any]:
     """A compressor by its name, or with bytes on its wire."""
     if compressor in (INTEGERS, LOW_RANK_INTEGERS):
         name = compressor.split()[0]
-        return {"compressor": name, "wire_dtype": torch.uint8, "sketch_dtype": torch.bfloat16}
+        sketch = torch.bfloat16 if name == "low_rank" else None
+        return {"compressor": name, "wire_dtype": torch.uint8, "sketch_dtype": sketch}
     return {"compressor": compressor}
 
 

@@ -28,7 +28,7 @@ from test_engine import (
 
 import arc_topk
 from arc_topk.plan import make_plan
-from arc_topk.reference import Levels, Oracle, best_step, most_level, unit_of
+from arc_topk.reference import Levels, Oracle, best_step, most_level, reach, unit_of
 
 RANKS = range(1, 33)
 
@@ -65,14 +65,14 @@ def minimiser(most: int) -> float:
     return (low + high) / 2
 
 
-def engines_table() -> list[float]:
+def engines_table(name: str) -> list[float]:
     header = Path(__file__).parents[2] / "csrc" / "kernels" / "levels.h"
-    (table,) = re.findall(r"kBestStep\[\w+\] = \{([^}]*)\}", header.read_text())
+    (table,) = re.findall(name + r"\[\w+\] = \{([^}]*)\}", header.read_text())
     return [float(number) for number in table.split(",")]
 
 
 def test_each_step_has_the_least_mean_squared_error() -> None:
-    table = engines_table()
+    table = engines_table("kBestStep")
     assert len(table) == len(RANKS)
     for n, step in zip(RANKS, table, strict=True):
         found = minimiser(most_level(n))
@@ -80,6 +80,10 @@ def test_each_step_has_the_least_mean_squared_error() -> None:
         assert step == best_step(most_level(n))
     # Max, "Quantizing for Minimum Distortion" (1960), table II: 7 levels.
     assert table[31] == pytest.approx(0.6508, abs=1e-4)
+
+
+def test_each_reach_is_that_of_its_levels() -> None:
+    assert engines_table("kReach") == pytest.approx([reach(n) for n in RANKS], abs=1e-9)
 
 
 def test_levels_are_odd_in_number_and_their_sum_fits_a_byte() -> None:

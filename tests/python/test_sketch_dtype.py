@@ -158,6 +158,47 @@ def test_what_was_applied_and_what_is_owed_is_what_was_given(
 
 
 @pytest.mark.device
+@pytest.mark.skipif(not LOW_RANK, reason="low rank has no kernels here")
+@pytest.mark.parametrize("wire", [None, BF16, U8])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_narrow_first_factor_is_the_oracles(
+    pools: Pools, wire: torch.dtype | None, world_size: int
+) -> None:
+    """Of the first step: a last bit of P that is rounded otherwise goes into all of C."""
+    config = {"compressor": "low_rank", "rank": 2, "wire_dtype": wire, "sketch_dtype": BF16}
+    gradients = random_gradients(LAYOUTS, world_size, 1, F32)
+    runs = pools.of(world_size).run(run_native, LAYOUTS, gradients, F32, config, SMALL_BUCKETS)
+    oracle = Oracle(LAYOUTS, F32, world_size, **config)
+    results = oracle.step(gradients[0])  # type: ignore[arg-type]
+    wide = Oracle(LAYOUTS, F32, world_size, **{**config, "sketch_dtype": None})
+    others = wide.step(gradients[0])  # type: ignore[arg-type]
+    far, between = [], []
+    for out, result, other in zip(runs[0].outputs[0], results, others, strict=True):
+        assert out is not None
+        if result.kind == "compressed":
+            far.append(float((out - result.output).norm() / result.output.norm()))
+            between.append(float((other.output - result.output).norm() / result.output.norm()))
+    assert len(far) >= 3
+    # Few of P's elements are rounded otherwise: not one in a hundred, or far would be `between`.
+    assert sum(far) < 0.3 * sum(between), (far, between)
+
+
+def exchange_under_inference(rank: int, world_size: int) -> list[Tensor]:
+    tensors = [torch.ones(40, 24, device=DEVICE), torch.ones(7, device=DEVICE)]
+    exchange = arc_topk.GradientExchange(tensors, ratio=0.5, wire_dtype=U8, sketch_dtype=BF16)
+    with torch.inference_mode():
+        exchange.all_reduce_([t.clone() for t in tensors])
+    return [out.cpu() for out in exchange.all_reduce_([t.clone() for t in tensors])]
+
+
+@pytest.mark.device
+def test_buffers_first_needed_in_inference_mode_serve_outside(ranks: Ranks) -> None:
+    zero, one = ranks.run(exchange_under_inference)
+    assert_same_bits(zero, one)
+    assert zero[0].any() and torch.equal(zero[1], torch.ones(7))
+
+
+@pytest.mark.device
 @pytest.mark.parametrize("compressor", ["arc_topk", *sorted({name for name, _ in LOW_RANK})])
 def test_flags_survive_the_narrow_type(ranks: Ranks, compressor: str) -> None:
     """NaN on one rank is NaN on all, for that tensor alone; and nobody is put off by it."""

@@ -49,7 +49,7 @@ void CpuLowRank::prepare(const Bucket& b, uint64_t seed, uint64_t step) const {
   });
   for_compressed(b, [&](const Segment& s, int64_t i) {
     if (b.used[i]) steps_.forget(b, s);
-    if (sends_levels(b)) steps_.tell_units(b, s);
+    if (sends_levels(b)) steps_.tell_norms(b, s);
   });
   kernels_.write_flags(b);
 }

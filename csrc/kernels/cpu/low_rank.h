@@ -19,7 +19,7 @@ struct LowRankSteps {
   void (*receive)(const Bucket&, const Segment&);  // R and W
   void (*reclaim)(const Bucket&, const Segment&);
 
-  void (*tell_units)(const Bucket&, const Segment&);  // this rank's shares, behind P_i
+  void (*tell_norms)(const Bucket&, const Segment&);  // of P_i's columns, behind them
 
   // --- a piece: whole rows ---
   // X_i, stored if `store`, and its product with W. Returns whether every candidate was finite.

@@ -210,6 +210,47 @@ inline void settle(const Bucket& b, const Piece& p) {
   });
 }
 
+// --- on bytes: units
+// ------------------------------------------------------------------------------
+
+template <class T>
+inline T* units_of(const Bucket& b, const Segment& s) {
+  return static_cast<T*>(b.first) + s.units(s.kept);
+}
+
+// The squared norm of a column of what lies in the first payload.
+template <class T>
+inline double squares_of_column(const Bucket& b, const Segment& s, int64_t c) {
+  const T* p = static_cast<const T*>(b.first) + s.sketch + c;
+  double sum = 0;
+  for (int64_t i = 0; i < s.rows; ++i) {
+    const auto x = static_cast<double>(p[i * s.kept]);
+    sum += x * x;
+  }
+  return sum;
+}
+
+// This rank's share of the mean norm of each column, behind P_i.
+inline void tell_norms(const Bucket& b, const Segment& s) {
+  with_work_type(b, [&]<class T>(T) {
+    for (int64_t c = 0; c < s.kept; ++c)
+      units_of<T>(b, s)[c] =
+          static_cast<T>(std::sqrt(squares_of_column<T>(b, s, c)) / b.world_size);
+  });
+}
+
+// D of each column, in place of the mean norm.
+template <class T>
+inline void make_units(const Bucket& b, const Segment& s) {
+  const Levels<T> levels(b);
+  const double ranks = b.world_size;
+  for (int64_t c = 0; c < s.kept; ++c) {
+    T& unit = units_of<T>(b, s)[c];
+    const double squares = squares_of_column<T>(b, s, c) / (ranks * ranks);
+    unit = levels.column_unit(unit, squares, s.rows, s.cols);
+  }
+}
+
 // --- P^ and R
 // -------------------------------------------------------------------------------------
 
@@ -217,6 +258,7 @@ inline void orthonormalise(const Bucket& b, const Segment& s) {
   with_work_type(b, [&]<class T>(T) {
     orthonormalise(static_cast<const T*>(b.first) + s.sketch, s.rows, s.kept,
                    static_cast<double*>(b.scratch) + place_of(b, s).left, left_of<T>(b, s));
+    if (sends_levels(b)) make_units<T>(b, s);
   });
 }
 
@@ -253,30 +295,6 @@ inline void for_columns(const Segment& s, const F& f) {
   }
 }
 
-// --- on bytes: units
-// ------------------------------------------------------------------------------
-
-inline void tell_units(const Bucket& b, const Segment& s) {
-  with_work_type(b, [&]<class T>(T) {
-    const T* p = static_cast<const T*>(b.first) + s.sketch;
-    T* units = static_cast<T*>(b.first) + s.units(s.kept);
-    for (int64_t c = 0; c < s.kept; ++c) {
-      double squares = 0;
-      for (int64_t i = 0; i < s.rows; ++i) {
-        const auto x = static_cast<double>(p[i * s.kept + c]);
-        squares += x * x;
-      }
-      units[c] = static_cast<T>(own_share_of_column(squares, s.cols, b.world_size));
-    }
-  });
-}
-
-// D of a column of R, from all ranks' shares.
-template <class T>
-inline T unit_of_column(const Bucket& b, const Segment& s, const Levels<T>& levels, int64_t c) {
-  return levels.unit((static_cast<const T*>(b.first) + s.units(s.kept))[c]);
-}
-
 // --- R
 // --------------------------------------------------------------------------------------------
 
@@ -288,14 +306,15 @@ inline const T* round_column(const Bucket& b, const Segment& s, int64_t c, int64
   if (!sends_levels(b)) return round_to_wire(b, x, n, b.second, at, rounded);
   const Levels<T> levels(b);
   auto* bytes = static_cast<uint8_t*>(b.second) + at;
-  round_to_levels(levels, unit_of_column(b, s, levels, c), x, n, bytes, rounded);
+  round_to_levels(levels, units_of<T>(b, s)[c], x, n, bytes, rounded);
   return rounded;
 }
 
 inline void send(const Bucket& b, const Segment& s, bool normal) {
   if (!normal) {
     const int64_t size = size_of(b.wire_type);
-    std::memset(byte_offset(b.second, s.packed * size), 0,
+    const int zero = sends_levels(b) ? most_level(b.world_size) : 0;
+    std::memset(byte_offset(b.second, s.packed * size), zero,
                 static_cast<size_t>(s.kept * s.cols * size));
     return;
   }
@@ -329,7 +348,7 @@ inline void receive(const Bucket& b, const Segment& s) {
       T* to = r + c * stride + j;
       if (sends_levels(b)) {
         const auto* sums = static_cast<const uint8_t*>(b.second) + at;
-        return mean_of_bytes(levels, unit_of_column(b, s, levels, c), sums, n, to);
+        return mean_of_bytes(levels, units_of<T>(b, s)[c], sums, n, to);
       }
       const T* sum = load(b.second, b.wire_type, at, n, buffer);
       for (int64_t i = 0; i < n; ++i) to[i] = sum[i] * factor;
