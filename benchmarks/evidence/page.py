@@ -48,8 +48,8 @@ DDP) and its own share of the data. Nothing is simulated.
 - **lr, beta1**: the best of one grid, the same for all, at 10 %; "edge": that learning rate is the
   grid's least or largest; "k of n": only so many of its points have been run. What has no grid of
   its own (another wire, fewer bytes, other ranks) takes its family's.
-- **bf16**, **uint8**: what rows and second factors travel in. The first collective, with the tensors
-  that stay dense in it, is then bfloat16; it is float32 where neither is named.
+- **bf16**, **uint8**: what rows and second factors travel in. The first collective, with the
+  tensors that stay dense in it, is then bfloat16; it is float32 where neither is named.
 - PowerSGD is torch's, in one bucket: over several its collectives come in an order of which Gloo
   aborts.
 """
