@@ -6,34 +6,9 @@
 #include "kernels/cpu/low_rank.h"
 #include "kernels/cpu/orthonormalise.h"
 #include "kernels/cpu/products.h"
+#include "kernels/factors.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
-
-inline bool remembers(const Bucket& b) { return b.factors.right != nullptr; }
-
-// --- where things lie
-// -----------------------------------------------------------------------------
-
-inline const FactorPlace& place_of(const Bucket& b, const Segment& s) {
-  return b.factors.places[&s - b.segments];
-}
-template <class T>
-inline T* left_of(const Bucket& b, const Segment& s) {
-  return static_cast<T*>(b.factors.left) + place_of(b, s).left;
-}
-template <class T>
-inline T* right_of(const Bucket& b, const Segment& s) {
-  return static_cast<T*>(b.factors.right) + place_of(b, s).right;
-}
-inline float* basis_of(const Bucket& b, const Segment& s) {
-  return b.factors.basis + place_of(b, s).right;
-}
-// The sums of a strip; of the first one, after apply(), R.
-template <class T>
-inline T* partial_of(const Bucket& b, const Segment& s, int64_t strip) {
-  return static_cast<T*>(b.factors.partial) + place_of(b, s).partial +
-         strip * s.kept * factor_stride(s.cols);
-}
 
 template <class T>
 struct Blocks {
