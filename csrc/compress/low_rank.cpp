@@ -100,7 +100,10 @@ class LowRank final : public Compressor {
     place = {plan.num_left, plan.num_right, plan.num_partial};
     plan.num_left += s.rows * s.kept;
     plan.num_right += right;
-    plan.num_partial += strips * right;
+    const int64_t windows = (s.cols + kWindowCols - 1) / kWindowCols;
+    // Whole cache lines, for what comes behind is read by vectors.
+    const int64_t products = (windows * s.rows * s.kept + 15) / 16 * 16;
+    plan.num_partial += std::max(strips * right, products);
   }
 };
 

@@ -78,20 +78,22 @@ enum class Outcome : uint8_t {
 struct FactorPlace {
   int64_t left;     // its P^, m x k, among those of all
   int64_t right;    // its k columns of n elements, factor_stride(n) apart
-  int64_t partial;  // as many for each strip of rows
+  int64_t partial;  // as many for each strip of rows, or m k for each window of columns
 };
 
 // Low rank: what lies between steps, or only within one, beside payloads and state. The residual is
 // own_a - P^ R_i^T at any moment; see kernels/low_rank.h.
 struct Factors {
-  void* left;                 // work type: P^ of each matrix
-  void* right;                // work type: R_i as sent; zero where own_a is the residual itself
-  float* basis;               // W; columns of zeros are drawn when next needed
-  void* partial;              // work type: X_i^T P^ by strips of rows; then, in the first, R
+  void* left;     // work type: P^ of each matrix
+  void* right;    // work type: R_i as sent; zero where own_a is the residual itself
+  float* basis;   // W; columns of zeros are drawn when next needed
+  void* partial;  // work type: X_i W by windows of columns, where a device wants them so;
+                  // X_i^T P^ by strips of rows; then, in the first, R
   const FactorPlace* places;  // a segment each
   const Piece* tiles;         // see cut_into_tiles()
   int64_t num_tiles;
-  int64_t left_numel;  // of all matrices
+  int64_t left_numel;    // of all matrices
+  int64_t most_columns;  // k of the matrix that has the most
 };
 
 // The distance between the columns of a factor, in elements. They are read side by side: a distance
@@ -103,6 +105,8 @@ constexpr int64_t factor_stride(int64_t cols) {
 // X_i^T P^ is summed over so many rows at a time, and these sums one after the other: the same
 // numbers whatever the number of threads.
 constexpr int64_t kStripRows = 512;
+// So is X_i W over so many columns.
+constexpr int64_t kWindowCols = 512;
 
 // Everything a kernel is told about a bucket. Buffers have the plan's sizes; unused ones are null.
 struct Bucket {

@@ -31,17 +31,16 @@ std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain g
 }
 
 std::vector<Piece> cut_into_tiles(const std::vector<Segment>& segments) {
-  constexpr int64_t kCols = 512;  // of one thread: some columns of R stay in its cache
   std::vector<Piece> tiles;
   for (size_t i = 0; i < segments.size(); ++i) {
     const Segment& s = segments[i];
     if (!s.compressed()) continue;
     for (int64_t row = 0; row < s.rows; row += kStripRows) {
-      for (int64_t col = 0; col < s.cols; col += kCols) {
+      for (int64_t col = 0; col < s.cols; col += kWindowCols) {
         tiles.push_back({static_cast<uint32_t>(i), static_cast<uint32_t>(row),
                          static_cast<uint32_t>(std::min(row + kStripRows, s.rows)),
                          static_cast<uint32_t>(col),
-                         static_cast<uint32_t>(std::min(col + kCols, s.cols))});
+                         static_cast<uint32_t>(std::min(col + kWindowCols, s.cols))});
       }
     }
   }

@@ -61,7 +61,7 @@ struct Plan {
   std::vector<FactorPlace> factors;  // low rank: a segment each
   int64_t num_left = 0;              // low rank: elements of all left factors,
   int64_t num_right = 0;             // of all right ones,
-  int64_t num_partial = 0;           // and of their sums over strips
+  int64_t num_partial = 0;           // and of their sums over strips or windows
   int64_t first_numel = 0;           // work type, travels in the sketch's
   int64_t second_numel = 0;          // wire type
   int64_t flags_at = 0;              // element within the payload that carries the flags
@@ -82,7 +82,7 @@ struct Plan {
 };
 // The work on these segments in pieces as a device wants them.
 std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain grain);
-// The compressed ones in tiles: parts of strips of kStripRows rows, each an own sum.
+// The compressed ones in tiles: kWindowCols columns of kStripRows rows, each an own sum.
 std::vector<Piece> cut_into_tiles(const std::vector<Segment>& segments);
 bool splits_rows(const std::vector<Piece>& pieces, const std::vector<Segment>& segments);
 

@@ -67,6 +67,8 @@ void allocate_factors(BucketState& s, c10::Device device) {
   s.basis = zeros(plan.num_right, at::kFloat, device);
   s.partial = zeros(plan.num_partial, work, device);
   s.tiles = cut_into_tiles(plan.segments);
+  int64_t most_columns = 0;
+  for (const Segment& segment : plan.segments) most_columns = std::max(most_columns, segment.kept);
   s.bucket.factors = {data_of(s.left),
                       data_of(s.right),
                       static_cast<float*>(data_of(s.basis)),
@@ -74,7 +76,8 @@ void allocate_factors(BucketState& s, c10::Device device) {
                       upload(plan.factors, s.place_table, device),
                       upload(s.tiles, s.tile_table, device),
                       static_cast<int64_t>(s.tiles.size()),
-                      plan.num_left};
+                      plan.num_left,
+                      most_columns};
 }
 
 void allocate_payloads(BucketState& s, c10::Device device) {

@@ -153,3 +153,5 @@ class CudaOnHost : public cuda::Steps<HostLauncher<Unwatched>> {
 // Compiled once, in cuda_on_host.cpp: all bodies with all types take their time.
 extern template class arc_topk::cuda::Steps<
     arc_topk::testing::HostLauncher<arc_topk::testing::Unwatched>>;
+extern template class arc_topk::cuda::LowRankSteps<
+    arc_topk::testing::HostLauncher<arc_topk::testing::Unwatched>>;

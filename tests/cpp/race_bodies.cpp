@@ -3,3 +3,5 @@
 
 template class arc_topk::cuda::Steps<
     arc_topk::testing::HostLauncher<arc_topk::testing::race::Watch>>;
+template class arc_topk::cuda::LowRankSteps<
+    arc_topk::testing::HostLauncher<arc_topk::testing::race::Watch>>;

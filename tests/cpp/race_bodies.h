@@ -15,3 +15,5 @@ class WatchedKernels : public cuda::Steps<HostLauncher<Watch>> {
 
 extern template class arc_topk::cuda::Steps<
     arc_topk::testing::HostLauncher<arc_topk::testing::race::Watch>>;
+extern template class arc_topk::cuda::LowRankSteps<
+    arc_topk::testing::HostLauncher<arc_topk::testing::race::Watch>>;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bucket_in_memory.h"
+#include "kernels/low_rank.h"
 #include "plan/plan.h"
 #include "race_bodies.h"
 
@@ -215,7 +216,7 @@ TEST(RaceChecker, AReadOfWhatNobodyWroteAndATouchOfNoArray) {
 // As the engine has them before the first step: state zero or filled, payloads never written.
 class DeviceBucket {
  public:
-  DeviceBucket(const BucketSpec& spec, const Kernels& kernels)
+  DeviceBucket(const BucketSpec& spec, const Kernels& kernels, bool factorises = false)
       : host(spec), pieces_(cut_into_pieces(host.segments, kernels.grain())), b(host.b) {
     b.segments = put("segments", host.segments.data(), b.num_segments);
     b.pieces = put("pieces", pieces_.data(), static_cast<int64_t>(pieces_.size()));
@@ -236,6 +237,7 @@ class DeviceBucket {
     b.withheld = array("withheld", b.num_segments * size_of(b.state_type));
     b.is_withheld = static_cast<uint8_t*>(zeros("is_withheld", b.num_segments));
     b.energy = static_cast<Energy*>(zeros("energy", sizeof(Energy)));
+    if (factorises) put_factors();
     b.scratch = zeros("scratch", kernels.scratch_bytes(b));
     if (b.loss_scale == nullptr) return;
     b.loss_scale = put("loss scale", b.loss_scale, 2);
@@ -287,7 +289,37 @@ class DeviceBucket {
     return static_cast<T*>(put_bytes(name, from, count * static_cast<int64_t>(sizeof(T))));
   }
 
+  // As bucket_state.cpp has them, all of them zero.
+  void put_factors() {
+    int64_t left = 0, right = 0, partial = 0;
+    Factors& f = b.factors;
+    for (const Segment& s : host.segments) {
+      places_.push_back({left, right, partial});
+      if (!s.compressed()) continue;
+      const int64_t its = s.kept * factor_stride(s.cols);
+      left += s.rows * s.kept;
+      right += its;
+      partial +=
+          std::max((s.rows + kStripRows - 1) / kStripRows * its,
+                   ((s.cols + kWindowCols - 1) / kWindowCols * s.rows * s.kept + 15) / 16 * 16);
+      f.most_columns = std::max(f.most_columns, s.kept);
+    }
+    const int64_t size = size_of(work_type(b.gradient_type));
+    tiles_ = cut_into_tiles(host.segments);
+    f.left = zeros("left factors", left * size);
+    if (b.own_a != nullptr) f.right = zeros("right factors", right * size);
+    f.basis = static_cast<float*>(zeros("basis", right * 4));
+    f.partial = zeros("partial sums", partial * size);
+    f.places = put("places", places_.data(), b.num_segments);
+    f.num_tiles = static_cast<int64_t>(tiles_.size());
+    f.tiles = put("tiles", tiles_.data(), f.num_tiles);
+    f.left_numel = left;
+    b.sketch_dim = 0;
+  }
+
   std::vector<Piece> pieces_;
+  std::vector<Piece> tiles_;
+  std::vector<FactorPlace> places_;
 
  public:
   Bucket b;
@@ -411,6 +443,35 @@ void gathered_step(BucketSpec spec, const race::WatchedKernels& kernels) {
   kernels.apply(x.b, &messages);
 }
 
+void low_rank_steps(BucketSpec spec, const race::WatchedKernels& kernels) {
+  constexpr int64_t kMost = 17;
+  spec.sketch_dim = kMost;  // room for P in the first payload
+  for (Tensor& tensor : spec.tensors) {
+    const int64_t rows = (tensor.numel + tensor.cols - 1) / tensor.cols;
+    tensor.kept = std::min({tensor.kept, rows, tensor.cols, kMost});
+  }
+  DeviceBucket x(spec, kernels, /*factorises=*/true);
+  const LowRankKernels& low_rank = *kernels.low_rank();
+  spoil(x);
+  for (unsigned step = 0; step < 3; ++step) {
+    if (step > 0 && spec.feedback == FeedbackKind::kEF14) low_rank.reclaim(x.b);
+    low_rank.prepare(x.b, 11, step);
+    const int64_t size = size_of(work_type(spec.gradient));
+    for (const Segment& s : x.host.segments) {
+      if (s.compressed())
+        race::expect_written(static_cast<char*>(x.b.first) + s.sketch * size,
+                             static_cast<size_t>(s.rows * s.kept * size));
+    }
+    x.sum_flags();
+    low_rank.orthonormalise(x.b);
+    low_rank.multiply_back(x.b);
+    race::expect_written(x.b.second, static_cast<size_t>(x.second_bytes()));
+    low_rank.apply(x.b);
+    if (step == 1) low_rank.settle(x.b);
+    x.refill(step);
+  }
+}
+
 void dense_steps(const BucketSpec& spec, const race::WatchedKernels& kernels) {
   DeviceBucket x(spec, kernels);
   kernels.divide(x.b);
@@ -465,6 +526,7 @@ std::vector<Named> scenarios() {
       add("Rand-K", random_step);
       add("Top-K", gathered_step);
       add("dense", dense_steps);
+      if (!shares_estimate(feedback)) add("low rank", low_rank_steps);
       all.push_back({name + "ARC-Top-K, levels",
                      [=](const auto& kernels) { sketched_steps(with_levels(spec), kernels); }});
       if (feedback == FeedbackKind::kEF21M) add("blended", blended_steps);
@@ -495,10 +557,35 @@ TEST(Races, NoneAndNothingReadThatNobodyWrote) {
     all.launches += race::counts().launches;
   }
   const std::vector<std::string>& launched = kernels.launched();
-  const std::set<std::string> expected = {
-      "adopt",   "apply",          "apply_gathered", "clear",  "count_digit", "count_taken",
-      "divide",  "find_nonfinite", "mark_dense",     "pack",   "prepare",     "project",
-      "reclaim", "remember",       "scan",           "select", "take"};
+  const std::set<std::string> expected = {"adopt",
+                                          "apply",
+                                          "apply_gathered",
+                                          "clear",
+                                          "combine",
+                                          "copy_dense",
+                                          "count_digit",
+                                          "count_taken",
+                                          "divide",
+                                          "draw",
+                                          "find_nonfinite",
+                                          "finish_prepare",
+                                          "forget",
+                                          "mark_dense",
+                                          "multiply_back",
+                                          "orthonormalise",
+                                          "pack",
+                                          "prepare",
+                                          "prepare_factors",
+                                          "project",
+                                          "receive",
+                                          "reclaim",
+                                          "reclaim_factor",
+                                          "remember",
+                                          "scan",
+                                          "select",
+                                          "send",
+                                          "settle",
+                                          "take"};
   EXPECT_EQ(std::set<std::string>(launched.begin(), launched.end()), expected);
   std::printf(
       "races: %llu accesses, %llu phases, %llu blocks, %llu launches\n",

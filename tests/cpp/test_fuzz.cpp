@@ -74,7 +74,8 @@ void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>
       const int64_t at = plan.factors[static_cast<size_t>(&s - plan.segments.data())].left;
       left.push_back({at, at + s.rows * s.kept});
       first.push_back({s.sketch, s.sketch + s.rows * s.kept});
-      if (plan.types.wire == DType::kU8) first.push_back({s.units(s.kept), s.units(s.kept) + s.kept});
+      if (plan.types.wire == DType::kU8)
+        first.push_back({s.units(s.kept), s.units(s.kept) + s.kept});
     }
     second.push_back({s.packed, s.packed + s.kept * s.cols});
     if (config.compressor == "arc_topk") {

@@ -6,34 +6,9 @@
 #include "kernels/cpu/low_rank.h"
 #include "kernels/cpu/orthonormalise.h"
 #include "kernels/cpu/products.h"
+#include "kernels/factors.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
-
-inline bool remembers(const Bucket& b) { return b.factors.right != nullptr; }
-
-// --- where things lie
-// -----------------------------------------------------------------------------
-
-inline const FactorPlace& place_of(const Bucket& b, const Segment& s) {
-  return b.factors.places[&s - b.segments];
-}
-template <class T>
-inline T* left_of(const Bucket& b, const Segment& s) {
-  return static_cast<T*>(b.factors.left) + place_of(b, s).left;
-}
-template <class T>
-inline T* right_of(const Bucket& b, const Segment& s) {
-  return static_cast<T*>(b.factors.right) + place_of(b, s).right;
-}
-inline float* basis_of(const Bucket& b, const Segment& s) {
-  return b.factors.basis + place_of(b, s).right;
-}
-// The sums of a strip; of the first one, after apply(), R.
-template <class T>
-inline T* partial_of(const Bucket& b, const Segment& s, int64_t strip) {
-  return static_cast<T*>(b.factors.partial) + place_of(b, s).partial +
-         strip * s.kept * factor_stride(s.cols);
-}
 
 template <class T>
 struct Blocks {
@@ -218,24 +193,17 @@ inline T* units_of(const Bucket& b, const Segment& s) {
   return static_cast<T*>(b.first) + s.units(s.kept);
 }
 
-// The squared norm of a column of what lies in the first payload.
+// Of a column of what lies in the first payload.
 template <class T>
-inline double squares_of_column(const Bucket& b, const Segment& s, int64_t c) {
-  const T* p = static_cast<const T*>(b.first) + s.sketch + c;
-  double sum = 0;
-  for (int64_t i = 0; i < s.rows; ++i) {
-    const auto x = static_cast<double>(p[i * s.kept]);
-    sum += x * x;
-  }
-  return sum;
+inline double squares_of(const Bucket& b, const Segment& s, int64_t c) {
+  return squares_of_column(static_cast<const T*>(b.first) + s.sketch + c, s.rows, s.kept);
 }
 
 // This rank's share of the mean norm of each column, behind P_i.
 inline void tell_norms(const Bucket& b, const Segment& s) {
   with_work_type(b, [&]<class T>(T) {
     for (int64_t c = 0; c < s.kept; ++c)
-      units_of<T>(b, s)[c] =
-          static_cast<T>(std::sqrt(squares_of_column<T>(b, s, c)) / b.world_size);
+      units_of<T>(b, s)[c] = static_cast<T>(std::sqrt(squares_of<T>(b, s, c)) / b.world_size);
   });
 }
 
@@ -246,7 +214,7 @@ inline void make_units(const Bucket& b, const Segment& s) {
   const double ranks = b.world_size;
   for (int64_t c = 0; c < s.kept; ++c) {
     T& unit = units_of<T>(b, s)[c];
-    const double squares = squares_of_column<T>(b, s, c) / (ranks * ranks);
+    const double squares = squares_of<T>(b, s, c) / (ranks * ranks);
     unit = levels.column_unit(unit, squares, s.rows, s.cols);
   }
 }

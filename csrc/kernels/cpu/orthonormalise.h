@@ -6,17 +6,12 @@
 
 #include "base/random.h"
 #include "kernels/cpu/lanes.h"
+#include "kernels/factors.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
-// A power of two that brings numbers of which the largest has this modulus to about 1, so that no
-// square of theirs overflows or is lost. 0 where there are none, or one is not finite.
-inline double scale_to_one(double largest) {
-  if (!(largest > 0) || !std::isfinite(largest)) return 0;
-  return std::ldexp(1.0, std::min(1000, -std::ilogb(largest)));
-}
-
-inline double dot(const double* x, const double* y, int64_t n) {
+// Of at most kSumChunk elements.
+inline double dot_of_chunk(const double* x, const double* y, int64_t n) {
   constexpr int kSums = 4;  // side by side, to hide how long an addition takes
   constexpr int64_t kWidth = Lanes<double>::kWidth;
   Lanes<double> sum[kSums] = {};
@@ -34,18 +29,17 @@ inline double dot(const double* x, const double* y, int64_t n) {
   return (sum_lanes(sum[0]) + sum_lanes(sum[1])) + (sum_lanes(sum[2]) + sum_lanes(sum[3]));
 }
 
+inline double dot(const double* x, const double* y, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; i += kSumChunk)
+    sum += dot_of_chunk(x + i, y + i, std::min(kSumChunk, n - i));
+  return sum;
+}
+
 inline void subtract(double factor, const double* q, int64_t n, double* a) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) a[i] = a[i] - factor * q[i];
 }
-
-// What is left of a column, of its length, below which it is nothing but rounding of T.
-template <class T>
-constexpr double kNothingLeft = sizeof(T) == 8 ? 0x1p-40 : 0x1p-20;
-// One pass of Gram-Schmidt leaves columns orthogonal to double's rounding, divided by what is left
-// of them: enough for float. Twice is enough for anything.
-template <class T>
-constexpr int kPasses = sizeof(T) == 8 ? 2 : 1;
 
 // Column c of some that lie m apart, the ones before it being orthonormal or zero: modified
 // Gram-Schmidt. A column that adds nothing to those becomes zero.
@@ -96,6 +90,19 @@ inline void orthonormalise(const T* p, int64_t m, int64_t k, double* columns, T*
   }
 }
 
+// The squared norm of a column of m numbers that lie `apart`.
+template <class T>
+inline double squares_of_column(const T* p, int64_t m, int64_t apart) {
+  double squares = 0;
+  double x[kSumChunk];
+  for (int64_t i = 0; i < m; i += kSumChunk) {
+    const int64_t some = std::min(kSumChunk, m - i);
+    for (int64_t j = 0; j < some; ++j) x[j] = static_cast<double>(p[(i + j) * apart]);
+    squares += dot_of_chunk(x, x, some);
+  }
+  return squares;
+}
+
 // A column of W: r at unit norm; zeros where r is zero or not finite.
 template <class T>
 inline void unit_column(const T* r, int64_t n, float* w) {
@@ -107,11 +114,11 @@ inline void unit_column(const T* r, int64_t n, float* w) {
     return;
   }
   double squares = 0;
-  double x[kChunk];
-  for (int64_t i = 0; i < n; i += kChunk) {
-    const int64_t some = std::min(kChunk, n - i);
+  double x[kSumChunk];
+  for (int64_t i = 0; i < n; i += kSumChunk) {
+    const int64_t some = std::min(kSumChunk, n - i);
     for (int64_t j = 0; j < some; ++j) x[j] = static_cast<double>(r[i + j]) * scale;
-    squares += dot(x, x, some);
+    squares += dot_of_chunk(x, x, some);
   }
   const double factor = scale / std::sqrt(squares);
   for (int64_t j = 0; j < n; ++j) w[j] = static_cast<float>(static_cast<double>(r[j]) * factor);

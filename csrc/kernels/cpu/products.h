@@ -11,13 +11,14 @@
 #include <algorithm>
 
 #include "kernels/cpu/lanes.h"
+#include "kernels/kernels.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
 // Rows and columns of a matrix that are worked on at a time: a few arrays of that size, and as many
 // elements of some columns of W and R, lie in the L1 cache.
 constexpr int64_t kBlockRows = 4;
-constexpr int64_t kBlockCols = 512;
+constexpr int64_t kBlockCols = kWindowCols;
 
 template <class T>
 using Register = typename Wide<T, kRegisterBytes>::Register;

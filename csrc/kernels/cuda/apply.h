@@ -148,6 +148,8 @@ struct Apply {
       apply_dense(block, s, range, outcome);
     } else if (outcome == Outcome::kUnused) {
       apply_nothing(block, range);
+    } else if (b.factors.num_tiles > 0) {
+      return;  // low rank: Combine has it
     } else if (hands_out_estimate(b)) {
       add_rows(block, shared, s, p);
     } else {

@@ -86,6 +86,22 @@ ARC_TOPK_DEVICE void message(const Feedback& feedback, const Array<S>& state,
   }
 }
 
+// The state as it was before prepare(), where the message is kept in it. An element whose candidate
+// was not finite was never stored: it would not be finite now either, since its gradient is not.
+template <class Feedback, class S, class T, int kVector>
+ARC_TOPK_DEVICE void undo(const Feedback& feedback, const Array<S>& state,
+                          const Values<T, kVector>& e, T (&x)[kVector]) {
+  ARC_TOPK_UNROLL
+  for (int j = 0; j < kVector; ++j) {
+    T candidate = e.a[j];
+    T before = e.a[j];
+    T other = own_states(Feedback::kKind) > 1 ? e.b[j] : T(0);
+    feedback.prepare(e.g[j], candidate, other);
+    feedback.undo(e.g[j], before, other);
+    x[j] = is_finite(state.rounded(candidate)) ? before : e.a[j];
+  }
+}
+
 // --- flags ---------------------------------------------------------------------------------------
 
 ARC_TOPK_DEVICE void write_flag(const Bucket& b, int64_t i, bool used, bool bad) {

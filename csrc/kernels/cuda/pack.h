@@ -114,25 +114,10 @@ struct Pack {
         T x[kVector];
         state.load(run, e);
         form(feedback, state.a, e, x);
-        if (undoes) undo(state, e, x);
+        if (undoes) undo(feedback, state.a, e, x);
         state.a.store(run, x);
       });
       // picks_of() has the barrier, before send() reads it.
-    }
-  }
-
-  // An element whose candidate was not finite was never stored: it would not be finite now either,
-  // since its gradient is not.
-  ARC_TOPK_DEVICE void undo(const State& state, const Values<T, kVector>& e,
-                            T (&x)[kVector]) const {
-    ARC_TOPK_UNROLL
-    for (int j = 0; j < kVector; ++j) {
-      T candidate = e.a[j];
-      T before = e.a[j];
-      T other = kStates > 1 ? e.b[j] : T(0);
-      feedback.prepare(e.g[j], candidate, other);
-      feedback.undo(e.g[j], before, other);
-      x[j] = is_finite(state.a.rounded(candidate)) ? before : e.a[j];
     }
   }
 

@@ -86,6 +86,7 @@ struct Scratch {
   uint32_t* above;    // a piece each: keys above the smallest one that is kept, and equal to it
   uint32_t* equal;
   Search* searches;  // a segment of many rows each
+  double* columns;   // low rank: P by columns, while they are made orthonormal
   uintptr_t end;
 
   static constexpr int kCounters = 16;
@@ -102,6 +103,7 @@ struct Scratch {
     above = take<uint32_t>(at, selects_by_many(b) ? b.num_pieces : 0);
     equal = take<uint32_t>(at, selects_by_many(b) ? b.num_pieces : 0);
     searches = take<Search>(at, selects_by_many(b) ? b.num_large : 0);
+    columns = take<double>(at, b.factors.left_numel);
     end = at;
   }
   ARC_TOPK_HD static int64_t partial_bytes(const Bucket& b) {

@@ -7,7 +7,7 @@
 // message, which then lies in a cache: as a fifth sum it would cost every wire registers.
 #pragma once
 
-#include "kernels/cuda/message.h"
+#include "kernels/cuda/copy_dense.h"
 #include "kernels/levels.h"
 
 namespace arc_topk::cuda {
@@ -38,7 +38,7 @@ struct Prepare {
     const Piece& p = b.pieces[block.index()];
     const Segment& s = b.segments[p.segment];
     if (!s.compressed()) {
-      copy_dense(block, s, range_of(s, p));
+      copy_dense<G>(block, b, s, range_of(s, p), wire_scale);
     } else {
       update(block, shared, s, p);
     }
@@ -46,28 +46,6 @@ struct Prepare {
   }
 
  private:
-  // A dense tensor into its payload. Never cut off: an infinity must arrive.
-  template <class Block>
-  ARC_TOPK_DEVICE void copy_dense(Block& block, const Segment& s, Range range) const {
-    const Array<G> gradient(b.gradient, b.gradient_type);
-    const Array<AnyType> to(s.dense_in_first ? b.first : b.second,
-                            s.dense_in_first ? kTypeOf<T> : b.wire_type);
-    // Within Top-K's message of bytes a payload begins anywhere.
-    const bool aligned = reinterpret_cast<uintptr_t>(to.base) % 16 == 0;
-    for_runs<kVector>(block, range.begin, range.end, [&](Run run) {
-      T x[kVector];
-      gradient.load(run, x);
-      const Run there = run.moved(s.packed - s.offset);
-      ARC_TOPK_UNROLL
-      for (int j = 0; j < kVector; ++j) {
-        x[j] = x[j] * wire_scale;
-        const T one[1] = {x[j]};
-        if (!aligned && run.has(j)) to.store(Run{there.index + j, 0, 1}, one);
-      }
-      if (aligned) to.store(there, x);
-    });
-  }
-
   // Lanes of a group: enough for a row's vectors.
   ARC_TOPK_DEVICE int width_for(int64_t cols) const {
     if (v.data == nullptr || cols > kGroupRow) return kThreads;

@@ -7,9 +7,9 @@
 
 #include "kernels/cuda/apply.h"
 #include "kernels/cuda/dense.h"
+#include "kernels/cuda/low_rank_steps.h"
 #include "kernels/cuda/prepare.h"
 #include "kernels/cuda/project.h"
-#include "kernels/cuda/scan.h"
 #include "kernels/cuda/select_many.h"
 
 namespace arc_topk::cuda {
@@ -19,8 +19,13 @@ namespace arc_topk::cuda {
 template <class Launcher>
 class Steps : public Kernels {
  public:
+  Steps() = default;
+  Steps(const Steps&) = delete;  // low_rank_ has the address of launcher_
+  Steps& operator=(const Steps&) = delete;
+
   Grain grain() const override { return {kGrain, true}; }
 
+  const LowRankKernels* low_rank() const override { return &low_rank_; }
   int64_t scratch_bytes(const Bucket& b) const override { return Scratch::bytes(b); }
 
   void project(const Bucket& b, float* data, int64_t stride, int64_t begin, int64_t end,
@@ -39,16 +44,7 @@ class Steps : public Kernels {
   }
 
   void prepare(const Bucket& b, const Projection* v) const override {
-    switch (size_of(b.gradient_type)) {
-      case 8:
-        launch(b, "scan", Scan<uint64_t>{b}, b.num_pieces);
-        break;
-      case 4:
-        launch(b, "scan", Scan<uint32_t>{b}, b.num_pieces);
-        break;
-      default:
-        launch(b, "scan", Scan<uint16_t>{b}, b.num_pieces);
-    }
+    launch_scan(launcher_, b);
     with_feedback(b, [&]<class Feedback, class T>(const Feedback& feedback, T) {
       with_gradient<T>(b.gradient_type, [&]<class G>(G) {
         if (b.state_type == numbers::kTypeOf<T>) {
@@ -132,20 +128,7 @@ class Steps : public Kernels {
  private:
   template <class Body>
   void launch(const Bucket& b, const char* name, const Body& body, int64_t blocks) const {
-    if (blocks > 0) launcher_.launch(b, name, body, blocks);
-  }
-
-  template <class T, class F>
-  static void with_gradient(DType type, const F& f) {
-    if constexpr (sizeof(T) == 8) {
-      f(double{});
-    } else if (type == DType::kF32) {
-      f(float{});
-    } else if (type == DType::kBF16) {
-      f(BF16{});
-    } else {
-      f(F16{});
-    }
+    launch_on(launcher_, b, name, body, blocks);
   }
 
   template <class G, class S, class Feedback, class T>
@@ -180,6 +163,8 @@ class Steps : public Kernels {
     }
   }
   static bool has_dense(const Bucket& b) { return b.num_dense > 0; }
+
+  const LowRankSteps<Launcher> low_rank_{launcher_};
 };
 
 }  // namespace arc_topk::cuda
