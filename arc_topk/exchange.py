@@ -16,7 +16,7 @@ from arc_topk.checkpoint.holder import Holder
 from arc_topk.config import Config, Fields, config_from
 from arc_topk.groups import current, default_group, own_transport, timeout_of
 from arc_topk.plan import Plan, make_plan
-from arc_topk.servable import on_two_devices, unservable, unservable_compressor
+from arc_topk.servable import on_two_devices, unservable
 
 
 class GradientExchange(ErrorFeedback):
@@ -56,7 +56,7 @@ class GradientExchange(ErrorFeedback):
         given: list[torch.Tensor] = []
         try:
             self.config = config_from(config, fields)
-            given = _servable(tensors, self.config)
+            given = _servable(tensors)
         except Exception as found:  # whatever it is: the other ranks must learn of it
             error = found
         named = [(str(i), tensor) for i, tensor in enumerate(given)]
@@ -206,7 +206,7 @@ def _layout(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...]]:
     return tensor.shape, tensor.stride()
 
 
-def _servable(tensors: Iterable[torch.Tensor], config: Config) -> list[torch.Tensor]:
+def _servable(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """``tensors`` as a list, all of which can be served."""
     given = list(tensors)
     for i, tensor in enumerate(given):
@@ -215,7 +215,6 @@ def _servable(tensors: Iterable[torch.Tensor], config: Config) -> list[torch.Ten
         if tensor.device != given[0].device:
             raise on_two_devices(f"tensors[{i}]", tensor, given[0])
         error = unservable(f"tensors[{i}]", tensor)
-        error = error or unservable_compressor(config, tensor.device)
         if error is not None:
             raise error
     return given

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from arc_topk import _C
-from arc_topk.config import Config
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -41,16 +40,6 @@ def _unservable_device(what: str, device: torch.device) -> ValueError | None:
     reason = "" if has_cuda else ": this build has no CUDA kernels, it was made without nvcc"
     return ValueError(
         f"{what} is on device '{device}'; expected {' or '.join(map(repr, served))}{reason}"
-    )
-
-
-def unservable_compressor(config: Config, device: torch.device) -> ValueError | None:
-    """Why a compressor cannot be served on a device, if it cannot."""
-    if config.compressor != "low_rank" or device.type == "cpu":
-        return None
-    return ValueError(
-        f"compressor 'low_rank' has no kernels for '{device}' yet; expected parameters on the CPU, "
-        "or compressor='arc_topk'"
     )
 
 

@@ -33,7 +33,6 @@ from arc_topk.groups import (
 from arc_topk.meeting import WAIT
 from arc_topk.plan import Plan, make_plan
 from arc_topk.scaling import describe_scaler, scale_of, watch
-from arc_topk.servable import unservable_compressor
 
 
 class State(ErrorFeedback):
@@ -370,9 +369,7 @@ def bind_together(
         loss_scale = scale_of(grad_scaler, ddp.device)
         error = error or unservable_parameter(ddp, named)
         if error is None and state is not None:
-            error = unservable_compressor(state.config, ddp.device) or _unbindable(
-                state, ddp, every
-            )
+            error = _unbindable(state, ddp, every)
             if error is None and state._pending is not None:
                 holder = Holder("State", state.config, ddp.process_group, ddp.device, every)
                 loaded = load(holder, *state._pending)

@@ -10,6 +10,7 @@ import pytest
 import arc_topk
 
 HOT = ("prepare", "pack", "apply", "select")
+HOT_OF_LOW_RANK = ("orthonormalise", "multiplyback", "combine", "send", "receive", "draw")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_every_architecture_has_machine_code(kernels: list[cubin.Kernel]) -> Non
     assert all(k.code for k in kernels), "cuobjdump gave no SASS: is nvdisasm beside it?"
 
 
-@pytest.mark.parametrize("word", HOT)
+@pytest.mark.parametrize("word", HOT + HOT_OF_LOW_RANK)
 def test_hot_kernels_do_not_spill(kernels: list[cubin.Kernel], word: str) -> None:
     spilling = [
         (k.name, k.arch, f"stack {k.stack}, local {k.local}")
@@ -50,7 +51,7 @@ def test_hot_kernels_do_not_spill(kernels: list[cubin.Kernel], word: str) -> Non
 def test_prepare_reads_16_bytes_at_once(kernels: list[cubin.Kernel]) -> None:
     # Gradient, state and sums in float32.
     floats = [k for k in named(kernels, "prepare") if re.search(r"float, float, float ?>$", k.name)]
-    assert len(floats) == 4, "one for each error feedback"
+    assert len(floats) == 5, "one for each error feedback, and low rank's"
     narrow = [(k.name, k.arch) for k in floats if not k.uses(r"\bLDG\.E\S*\.128")]
     assert not narrow
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks
 from torch import Tensor
@@ -130,7 +129,7 @@ def assert_same_bits(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> 
 
 COMPRESSORS = ["arc_topk", "rand_k", "top_k", "dense"]
 FEEDBACKS = ["none", "ef14", "ef21", "ef21m"]
-LOW_RANK = [("low_rank", "none"), ("low_rank", "ef14")] if DEVICE == "cpu" else []  # CPU alone
+LOW_RANK = [("low_rank", "none"), ("low_rank", "ef14")]
 CHOICES = [*itertools.product(COMPRESSORS, FEEDBACKS), *LOW_RANK]
 COMPRESSED = [choice for choice in CHOICES if choice[0] != "dense"]
 REMEMBERED = [choice for choice in COMPRESSED if choice[1] != "none"]

@@ -145,7 +145,7 @@ def test_the_filter_of_the_cpp_tests_on_cuda_finds_them() -> None:
     )
     assert "AreTestedWhereAskedFor" in done.stdout
     assert "AStepIsTheCpus/on_cuda" in done.stdout
-    assert done.stdout.count("/on_cuda") == 10
+    assert done.stdout.count("/on_cuda") == 15
     assert "/on_host" not in done.stdout
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from device import DEVICE
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks, message_of
 from test_engine import (
@@ -29,10 +28,7 @@ from torch import Tensor
 import arc_topk
 from arc_topk.reference import Oracle
 
-pytestmark = [
-    pytest.mark.device,
-    pytest.mark.skipif(DEVICE == "cuda", reason="low rank has no CUDA kernels yet"),
-]
+pytestmark = pytest.mark.device
 
 SMALL_BUCKETS = {"bucket_cap_mb": 0.004}
 MATRICES = [0, 5, 6]  # of LAYOUTS, those that are compressed at ratio 0.2 whatever the wire
@@ -358,13 +354,3 @@ def test_what_low_rank_does_not_take(fields: dict[str, Any], words: list[str]) -
         arc_topk.Config(**fields)
     for word in words:
         assert word in str(caught.value)
-
-
-def test_devices_without_kernels_are_refused_with_what_to_do() -> None:
-    from arc_topk.servable import unservable_compressor
-
-    low_rank = arc_topk.Config(compressor="low_rank")
-    error = unservable_compressor(low_rank, torch.device("cuda:1"))
-    assert error is not None and "'cuda:1'" in str(error) and "compressor='arc_topk'" in str(error)
-    assert unservable_compressor(low_rank, torch.device("cpu")) is None
-    assert unservable_compressor(arc_topk.Config(), torch.device("cuda")) is None

@@ -17,7 +17,9 @@ constexpr int kBlocks = 2;
 template <>
 constexpr int kBlocks<Select<double>> = 1;  // would spill
 template <class T>
-constexpr int kBlocks<Orthonormalise<T>> = 1;        // would spill
+constexpr int kBlocks<Orthonormalise<T>> = 1;  // would spill
+template <>
+constexpr int kBlocks<PrepareFactors<double, AnyType, double>> = 1;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1200  // from there on three would spill
 template <class Feedback>
 constexpr int kBlocks<Prepare<Feedback, float, float, float>> = 3;  // more reads under way
