@@ -29,7 +29,7 @@ class Config:
 
     Attributes:
         compressor: ``"arc_topk"`` (arXiv 2510.26709), ``"low_rank"`` (PowerSGD's form: Vogels,
-            Karimireddy, Jaggi, NeurIPS 2019; CPU only), ``"top_k"``, ``"rand_k"`` or ``"dense"``.
+            Karimireddy, Jaggi, NeurIPS 2019), ``"top_k"``, ``"rand_k"`` or ``"dense"``.
         feedback: ``"ef14"``, ``"ef21"``, ``"ef21m"`` (the paper's, EF21-SGDM of Fatkhullin et al.,
             NeurIPS 2023) or ``"none"``. EF14 is the default because it reached lower losses at
             equal bytes in every trial of ours, with half of EF21M's state: docs/algorithm.md.

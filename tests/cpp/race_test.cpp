@@ -526,7 +526,11 @@ std::vector<Named> scenarios() {
       add("Rand-K", random_step);
       add("Top-K", gathered_step);
       add("dense", dense_steps);
-      if (!shares_estimate(feedback)) add("low rank", low_rank_steps);
+      if (!shares_estimate(feedback)) {
+        add("low rank", low_rank_steps);
+        all.push_back({name + "low rank, levels",
+                       [=](const auto& kernels) { low_rank_steps(with_levels(spec), kernels); }});
+      }
       all.push_back({name + "ARC-Top-K, levels",
                      [=](const auto& kernels) { sketched_steps(with_levels(spec), kernels); }});
       if (feedback == FeedbackKind::kEF21M) add("blended", blended_steps);
