@@ -32,7 +32,7 @@ class Way:
     Each way had seven tries of 300 steps, the ranks simulated in one process (beta1 of 0, 0.5 and
     0.9, learning rates from 3e-3 to 2e-2, EF21M's eta of 0.1 and 0.3), then three good ones of
     those in this demo; the best of the three is here, all with one seed. Low rank has what was best
-    of four learning rates in `make evidence`.
+    of the three learning rates of `make evidence` (docs/results.md).
     """
 
     name: str
