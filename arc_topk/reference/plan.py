@@ -111,7 +111,7 @@ def rank_of(m: int, n: int, numel: int, types: Types, ratio: float, rank: int | 
     units = 1 if types.wire == torch.uint8 else 0
     column = (m + units) * types.sketch.itemsize + n * types.wire.itemsize
     given = numel * types.gradient.itemsize
-    k = math.floor(ratio * given * (1 + 1e-12) / column) if rank is None else rank
+    k = math.floor(ratio * given * (1 + 1e-12) / max(column, 1)) if rank is None else rank
     return max(1, min(k, m, n))
 
 

@@ -201,11 +201,14 @@ def test_a_skipped_step_loses_nothing(ranks: Ranks, compressor: str, where: str)
                 counts = number not in overflows or (t in MATRICES and overflows[number][0] != t)
                 if counts:
                     expected += (step[0][t] + step[1][t]) / 2
+            # Bytes pay it ever more slowly: what the ranks owe cancels, and sets the unit. A step
+            # that was lost is of size 1.
+            near = 0.1 if compressor == LOW_RANK_INTEGERS else 1e-4
             torch.testing.assert_close(
                 runs[0]["applied"][t],
                 expected,
-                rtol=1e-4,
-                atol=1e-4,
+                rtol=near,
+                atol=near,
                 msg=lambda m, t=t: f"{t}: {m}",
             )
 
