@@ -163,6 +163,11 @@ const Sizes kShapes = {{37, 53}, {31, 40}, {5, 1100}, {1030, 9},   {64, 16}, {7}
                        {300, 1}, {2, 512}, {0},       {1},         {1, 1},   {9},    {70, 513},
                        {3, 7},   {12},     {600, 24}, {130, 1025}, {8, 8},   {4, 4}, {1, 1}};
 
+// The same with less in them: for all types in turn, of which some take kShapes.
+const Sizes kFewElements = {{37, 53}, {31, 40}, {3, 1100}, {1030, 2}, {64, 16}, {7},   {1, 300},
+                            {300, 1}, {2, 512}, {0},       {1},       {1, 1},   {9},   {3, 513},
+                            {3, 7},   {12},     {520, 3},  {2, 1025}, {8, 8},   {4, 4}};
+
 std::vector<Setting> settings() {
   std::vector<Setting> all;
   const DType narrow[] = {kF32, kBF16, kF16};
@@ -175,13 +180,14 @@ std::vector<Setting> settings() {
         for (const DType wire : {kF32, kBF16, kF16, kU8}) {
           const std::optional<int64_t> width =
               i % 3 == 2 ? std::optional<int64_t>(i % 2 == 0 ? 150 : 150 + 1) : std::nullopt;
-          all.push_back({gradient, wire, state, feedback, width, ranks[i++ % 4], kShapes,
-                         i % 2 == 0 ? 1 : 3});
+          const Sizes& shapes = i % 9 == 0 ? kShapes : kFewElements;
+          all.push_back(
+              {gradient, wire, state, feedback, width, ranks[i++ % 4], shapes, i % 2 == 0 ? 1 : 3});
         }
       }
     }
     for (const DType wire : {kF64, kF32, kBF16, kF16, kU8})
-      all.push_back({at::kDouble, wire, kF64, feedback, {}, ranks[i++ % 4], kShapes, 2});
+      all.push_back({at::kDouble, wire, kF64, feedback, {}, ranks[i++ % 4], kFewElements, 2});
   }
   return all;
 }
