@@ -33,6 +33,12 @@ ARC_TOPK_HD T* partial_of(const Bucket& b, const Segment& s, int64_t strip) {
          strip * s.kept * factor_stride(s.cols);
 }
 
+// On an uint8 wire a number a column, behind P_i: its share of the mean norm, then D.
+template <class T>
+ARC_TOPK_HD T* units_of(const Bucket& b, const Segment& s) {
+  return static_cast<T*>(b.first) + s.units(s.kept);
+}
+
 // --- columns of unit norm ------------------------------------------------------------------------
 
 // A sum over a column is made of sums over so many of its elements, one after the other.

@@ -22,8 +22,8 @@ class LowRankKernels {
   // --- before the first collective --------------------------------------------------------------
   // Draws the columns of W that are zero. Then one pass over gradient and state: X_i = g_i + e_i
   // into own_a, X_i W into `first` (for an uint8 wire this rank's share of its columns' mean norms
-  // behind it); used[], bad[] and this rank's flags as Kernels::prepare() sets
-  // them, dense segments into their payload. What is not used[] here is not stored.
+  // behind it); used[], bad[] and this rank's flags as Kernels::prepare() sets them, dense segments
+  // into their payload. What is not used[] here is not stored.
   virtual void prepare(const Bucket& b, uint64_t seed, uint64_t step) const = 0;
 
   // --- between the collectives ------------------------------------------------------------------

@@ -74,6 +74,17 @@ def picked_rows(oracle: Oracle, output: Tensor, before: Tensor | None, t: int) -
     return rows if len(rows) == view.k else None
 
 
+def picks_of(
+    oracle: Oracle, outputs: Sequence[Tensor | None], before: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """`picked_rows` of every tensor; ``before``: the outputs of the step before."""
+    shared = oracle.feedback in ("ef21", "ef21m")
+    return [
+        None if out is None else picked_rows(oracle, out, before[t] if shared else None, t)
+        for t, out in enumerate(outputs)
+    ]
+
+
 def check_against_oracle(
     runs: list[Run],
     layouts: Sequence[Tensor],
@@ -82,7 +93,6 @@ def check_against_oracle(
     config: dict[str, Any],
 ) -> Oracle:
     oracle = Oracle(layouts, dtype, len(runs), **config)
-    shared = config.get("feedback") in ("ef21", "ef21m")
     wire = config.get("wire_dtype") or dtype
     types = [dtype, dtype if wire == torch.uint8 else wire]  # sums of integers are exact
     if config.get("compressor") == "low_rank":
@@ -100,10 +110,7 @@ def check_against_oracle(
         filled = [
             [like if g is None else g for g, like in zip(own, zeros, strict=True)] for own in step
         ]
-        selected = [
-            None if out is None else picked_rows(oracle, out, before[t] if shared else None, t)
-            for t, out in enumerate(got)
-        ]
+        selected = picks_of(oracle, got, before)
         results = oracle.step(filled, selected=selected, rtol=SELECTION[narrowest])
         for t, (out, result) in enumerate(zip(got, results, strict=True)):
             if out is None:

@@ -22,7 +22,7 @@ from test_engine import (
     Run,
     assert_same_bits,
     check_against_oracle,
-    picked_rows,
+    picks_of,
     run_native,
 )
 
@@ -263,7 +263,6 @@ def compare(
         return
     n = len(runs)
     oracle = Oracle(layouts, dtype, n, **config)
-    shared = config["feedback"] in ("ef21", "ef21m")
     before: list[torch.Tensor | None] = [None] * len(layouts)
     close = TOLERANCE[dtype]
     compared = far = 0
@@ -271,10 +270,7 @@ def compare(
         got = runs[0].outputs[number]
         for run in runs[1:]:
             assert_same_bits(run.outputs[number], got)
-        picked = [
-            None if out is None else picked_rows(oracle, out, before[t] if shared else None, t)
-            for t, out in enumerate(got)
-        ]
+        picked = picks_of(oracle, got, before)
         results = oracle.step(step, selected=picked, rtol=1e-2)
         for t, (out, result) in enumerate(zip(got, results, strict=True)):
             assert out is not None

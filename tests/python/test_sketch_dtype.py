@@ -18,7 +18,7 @@ from test_engine import (
     STEPS,
     TOLERANCE,
     assert_same_bits,
-    picked_rows,
+    picks_of,
     run_native,
 )
 from torch import Tensor
@@ -100,15 +100,11 @@ def test_rows_are_as_exact_as_ever(pools: Pools, feedback: str, world_size: int)
         )
         oracle = Oracle(LAYOUTS, dtype, world_size, **config)
         before: list[Tensor | None] = [None] * len(LAYOUTS)
-        shared = feedback in ("ef21", "ef21m")
         for number, step in enumerate(gradients):
             got = runs[0].outputs[number]
             for run in runs[1:]:
                 assert_same_bits(run.outputs[number], got)
-            picked = [
-                None if out is None else picked_rows(oracle, out, before[t] if shared else None, t)
-                for t, out in enumerate(got)
-            ]
+            picked = picks_of(oracle, got, before)
             results = oracle.step(step, selected=picked, rtol=5e-2)  # type: ignore[arg-type]
             for t, (out, result) in enumerate(zip(got, results, strict=True)):
                 assert out is not None

@@ -19,7 +19,7 @@ from test_engine import (
     SELECTION,
     TOLERANCE,
     assert_same_bits,
-    picked_rows,
+    picks_of,
     run_native,
 )
 from torch import Tensor
@@ -61,7 +61,6 @@ def assert_as_the_oracle(
     assert first is not None
     dtype = first.dtype
     oracle = Oracle(LAYOUTS, dtype, len(outputs), **config)
-    shared = config["feedback"] in ("ef21", "ef21m")
     before: list[Tensor | None] = [None] * len(LAYOUTS)
     for number, step in enumerate(gradients):
         for other in outputs[1:]:
@@ -69,10 +68,7 @@ def assert_as_the_oracle(
         if number in forgets:
             oracle.limits = [type(limit)(limit.factor) for limit in oracle.limits]
         got = outputs[0][number]
-        selected = [
-            None if out is None else picked_rows(oracle, out, before[t] if shared else None, t)
-            for t, out in enumerate(got)
-        ]
+        selected = picks_of(oracle, got, before)
         known = [[g for g in own if g is not None] for own in step]
         results = oracle.step(known, selected=selected, rtol=SELECTION[dtype])
         for t, (out, result) in enumerate(zip(got, results, strict=True)):

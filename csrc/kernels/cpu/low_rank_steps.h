@@ -188,11 +188,6 @@ inline void settle(const Bucket& b, const Piece& p) {
 // --- on bytes: units
 // ------------------------------------------------------------------------------
 
-template <class T>
-inline T* units_of(const Bucket& b, const Segment& s) {
-  return static_cast<T*>(b.first) + s.units(s.kept);
-}
-
 // Of a column of what lies in the first payload.
 template <class T>
 inline double squares_of(const Bucket& b, const Segment& s, int64_t c) {

@@ -4,7 +4,8 @@
 #include "kernels/cuda/apply.h"
 #include "kernels/cuda/copy_dense.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/low_rank.h"
+#include "kernels/cuda/low_rank_columns.h"
+#include "kernels/cuda/low_rank_rows.h"
 #include "kernels/cuda/orthonormalise.h"
 #include "kernels/low_rank.h"
 
