@@ -49,13 +49,16 @@ class Config:
         wire_dtype: what rows, and low rank's second factor, travel in; None: the gradient's dtype.
             What a narrower type rounds away stays in the error feedback. ``torch.uint8``, with
             ``"arc_topk"`` and ``"low_rank"`` alone: integers, which cannot overflow and sum
-            exactly, in a unit that the ranks agree on row by row (low rank: column by column), for
-            one more number of the first collective each. They have 127 / N levels either way of
-            zero for N ranks; above 32 ranks bfloat16 takes their place (docs/algorithm.md).
+            exactly, in a unit that the ranks agree on row by row, for one more number of the first
+            collective each. They have 127 / N levels either way of zero for N ranks; above 32 ranks
+            bfloat16 takes their place. Low rank sends all that it sends in them: both factors, for
+            2 N bytes a column more, and 1-D tensors too, with error feedback of their own
+            (docs/algorithm.md).
         sketch_dtype: what the first collective travels in, with ``"arc_topk"`` and ``"low_rank"``:
             sketches, low rank's first factor, and tensors that stay dense where ``wire_dtype`` is
-            narrower than the gradient's. None: float32 (float64 for float64 gradients); or
-            ``torch.bfloat16``, half the bytes. What that rounds of a sketch, or of a first factor,
+            narrower than the gradient's. None: float32 (float64 for float64 gradients; low rank
+            with ``wire_dtype=torch.uint8``: that, and nothing else); or ``torch.bfloat16``, half
+            the bytes. What that rounds of a sketch, or of a first factor,
             loses nothing of the gradient; a dense tensor is rounded as torch's own
             ``bf16_compress_hook`` rounds it. A matrix whose rows or factors would be no fewer bytes
             than that stays dense.
@@ -139,6 +142,11 @@ class Config:
                 raise ValueError(
                     f"sketch_dtype is {self.sketch_dtype} with compressor='{self.compressor}', "
                     "which has no sketches; expected None, or compressor='arc_topk' or 'low_rank'"
+                )
+            if self.compressor == "low_rank" and self.wire_dtype == torch.uint8:
+                raise ValueError(
+                    f"sketch_dtype is {self.sketch_dtype} with compressor='low_rank' and "
+                    "wire_dtype=torch.uint8, which sends both factors as bytes; expected None"
                 )
         if self.state_dtype is not None:
             _one_of("state_dtype", self.state_dtype, STATE_DTYPES)

@@ -10,6 +10,7 @@ from arc_topk import _C
 from arc_topk.accumulation import warn_of_accumulation
 from arc_topk.checks import check_hookable, ddp_in
 from arc_topk.config import Config, Fields
+from arc_topk.optimizer_rules import warn_of_settings
 from arc_topk.state import State, bind_together
 
 
@@ -34,8 +35,10 @@ def register(
         ddp: the wrapped model: a DistributedDataParallel, or a module around one as torch.compile
             and Lightning Fabric make them.
         config: how gradients are averaged; or give its fields as keywords.
-        optimizer: it warns once where several synchronised backward passes make one of its steps,
-            which EF21 and EF21M cannot add up. Nothing else is done with it.
+        optimizer: what the gradients are for. A warning comes where its settings went badly beside
+            this configuration in our trials (docs/optimizers.md), and once where several
+            synchronised backward passes make one of its steps, which EF21 and EF21M cannot add up.
+            Nothing else is done with it.
         grad_scaler: what scales the loss, for one optimizer. The error feedback is then of the
             unscaled gradients, whatever the scale, and what EF14 has sent in a step that the
             scaler skips is owed again. A scaler that is not enabled counts as none.
@@ -70,6 +73,7 @@ def register(
         wrapped.logger._set_comm_hook_name(arc_topk_hook.__qualname__)
     if optimizer is not None:
         warn_of_accumulation(state, optimizer)
+        warn_of_settings(state.config, optimizer)
     return state
 
 

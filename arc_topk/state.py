@@ -31,6 +31,7 @@ from arc_topk.groups import (
     transport_of,
 )
 from arc_topk.meeting import WAIT
+from arc_topk.optimizer_rules import warn_of_settings
 from arc_topk.plan import Plan, make_plan
 from arc_topk.scaling import describe_scaler, scale_of, watch
 
@@ -123,6 +124,7 @@ class State(ErrorFeedback):
         bind_together(self, ddp_in(ddp), None, "State.bind(ddp)", grad_scaler)
         if optimizer is not None:
             warn_of_accumulation(self, optimizer)
+            warn_of_settings(self.config, optimizer)
         return self
 
     def plan(self) -> Plan:

@@ -42,7 +42,6 @@ class Way:
     lr: float
     eta: float | None = None
     wire_dtype: str | None = None
-    sketch_dtype: str | None = None
     color: str = ""
 
 
@@ -50,7 +49,7 @@ WAYS = (
     Way("dense", "dense", "none", 0.5, 5e-3, color="#444444"),
     Way("ARC-Top-K EF14", "arc_topk", "ef14", 0.5, 1e-2, color="#0072b2"),
     Way("low rank EF14, uint8", "low_rank", "ef14", 0.5, 1e-2, wire_dtype="uint8",
-        sketch_dtype="bfloat16", color="#cc79a7"),
+        color="#cc79a7"),
     Way("ARC-Top-K EF21M", "arc_topk", "ef21m", 0.0, 6e-3, eta=0.3, color="#56b4e9"),
     Way("Top-K EF14", "top_k", "ef14", 0.5, 1e-2, color="#d55e00"),
     Way("Rand-K EF14", "rand_k", "ef14", 0.0, 5e-3, color="#009e73"),
@@ -109,7 +108,7 @@ def options_of(way: Way, options: argparse.Namespace) -> argparse.Namespace:
     options = copy.copy(options)
     options.compressor, options.feedback, options.eta = way.compressor, way.feedback, way.eta
     options.rank = None
-    options.wire_dtype, options.sketch_dtype = way.wire_dtype, way.sketch_dtype
+    options.wire_dtype = way.wire_dtype
     options.lr, options.betas = way.lr, (way.beta1, options.betas[1])
     slug = way.name.lower().replace(" ", "-").replace(",", "")
     options.csv = options.out / f"{slug}.csv"

@@ -7,14 +7,15 @@ later one:
 1. random_numbers.py   Philox4x32-10, the projection V, the keys of Rand-K, columns of low rank's W
 2. selection.py        sketch -> scores -> top_rows, and what "a valid top K within rounding" means
 3. levels.py           the uint8 wire: integers, in units that all ranks share
-4. wire.py             what narrowing a value to any other wire's type does to it
-5. compressors.py      messages X_1 .. X_N in, own parts C_1 .. C_N and their mean C out
-6. low_rank.py         the compressor of two thin factors
-7. feedback.py         gradient g_i in, message X_i out, and the state that remembers the difference
-8. layout.py           in which order the elements of a tensor lie in memory
-9. plan.py             which tensor is seen as which matrix, and which one stays dense
-9. spike_limit.py      what is cut off a gradient that is much longer than usual
-10. oracle.py          all of it together, step by step
+4. directions.py       low rank on it: the first factor as directions and norms
+5. wire.py             what narrowing a value to any other wire's type does to it
+6. compressors.py      messages X_1 .. X_N in, own parts C_1 .. C_N and their mean C out
+7. low_rank.py         the compressor of two thin factors
+8. feedback.py         gradient g_i in, message X_i out, and the state that remembers the difference
+9. layout.py           in which order the elements of a tensor lie in memory
+10. plan.py            which tensor is seen as which matrix, and which one stays dense
+11. spike_limit.py     what is cut off a gradient that is much longer than usual
+12. oracle.py          all of it together, step by step
 
 Notation:
 
@@ -45,9 +46,10 @@ on an order of summation (sketches, reductions) is done in float64 and rounded o
 """
 
 from arc_topk.reference.compressors import arc_topk, rand_k, top_k
+from arc_topk.reference.directions import Directions, first_two_bytes
 from arc_topk.reference.feedback import EF14, EF21, EF21M
 from arc_topk.reference.layout import flatten, unflatten
-from arc_topk.reference.levels import ColumnLevels, Levels, best_step, most_level, reach, unit_of
+from arc_topk.reference.levels import Levels, best_step, most_level, reach, unit_of
 from arc_topk.reference.low_rank import drawn, low_rank, orthonormalise, unit_columns
 from arc_topk.reference.oracle import Oracle
 from arc_topk.reference.plan import Types, matrix_shape
@@ -59,7 +61,7 @@ __all__ = [
     "EF14",
     "EF21",
     "EF21M",
-    "ColumnLevels",
+    "Directions",
     "Levels",
     "Oracle",
     "Types",
@@ -67,6 +69,7 @@ __all__ = [
     "arc_topk",
     "best_step",
     "drawn",
+    "first_two_bytes",
     "flatten",
     "low_rank",
     "matrix_shape",

@@ -61,7 +61,7 @@ def send_rows(
         C_i of every rank and C: zero outside S.
     """
     fitted = wire.fitted(x, rows)
-    sent = [fitted.send(xi[rows]) for xi in x]
+    sent = [fitted.send(xi[rows], rank) for rank, xi in enumerate(x)]
     empty = torch.zeros(x[0].shape, dtype=wire.work)
     own = [empty.index_copy(0, rows, fitted.value(s)) for s in sent]
     return own, empty.index_copy(0, rows, fitted.mean(sent))

@@ -4,8 +4,8 @@ N ranks have L = floor(255 / N) + 1 levels each, one less where that is even, so
 -h .. h with h = (L - 1) / 2, and the sum of N bytes u = level + h is at most 2 h N <= 255. All
 ranks divide row j by the same unit D_j, c_L times the mean over ranks of the row's own root mean
 square; c_L is the best uniform step of L levels for a Gaussian (Max, "Quantizing for Minimum
-Distortion", 1960). Low rank's columns have a unit each, from what its first collective carries.
-What is rounded and cut off stays in the error feedback.
+Distortion", 1960). Low rank's columns have a unit each: directions.py. What is rounded and cut off
+stays in the error feedback.
 """
 
 from __future__ import annotations
@@ -79,39 +79,6 @@ class Levels:
         return RowLevels(self.world_size, unit_of(total, self.world_size)[:, None])
 
 
-@dataclass(frozen=True)
-class ColumnLevels:
-    """The same for low rank's second factor R_i = X_i^T P^, a unit a column.
-
-    No rank has an R_i when the first collective is sent, but that carries P_i = X_i W. Along column
-    c of W, R_i is as long as column c of the mean P. Beside it lies noise: with v the variance of
-    an element of each rank's own, ||P_i,c||^2 is about ||P_c||^2 + (1 - 1/N) m v, and ||R_i,c||^2
-    about ||P_c||^2 + n v, once W has settled. The levels reach A(L) = min(7, 1.05 log2 L + 0.4) of
-    its root mean squares: too wide a unit costs less than one that cuts off.
-
-    Attributes:
-        world_size: N, at most `MOST_RANKS`.
-        work: float32 or float64: the type of units and of what comes back.
-        sketch: the type that norms travel in; None: the work type.
-    """
-
-    world_size: int
-    work: torch.dtype
-    sketch: torch.dtype | None = None
-
-    def fitted_columns(self, p: Sequence[Tensor], mean: Tensor, n: int) -> RowLevels:
-        """The units of R's columns, from the P_i [m, k] and their mean as it came back."""
-        ranks = self.world_size
-        own = total_of([pi.double().norm(dim=0) / ranks for pi in p], self.work, self.sketch)
-        every, shared = own.double().square(), mean.double().square().sum(dim=0)
-        noise = torch.zeros_like(every)
-        if ranks > 1:
-            noise = (every - shared).clamp_min(0) / (1 - 1 / ranks)
-        square = shared / n + noise / max(1, p[0].shape[0])
-        unit = reach(ranks) / most_level(ranks) * square.sqrt()
-        return RowLevels(ranks, unit_of(unit.to(self.work), ranks))
-
-
 def reach(world_size: int) -> float:
     """A(L), rounded to six places as `best_step` is."""
     return round(min(7.0, 1.05 * math.log2(2 * most_level(world_size) + 1) + 0.4), 6)
@@ -122,6 +89,15 @@ def total_of(shares: Sequence[Tensor], work: torch.dtype, sketch: torch.dtype | 
     sketch = sketch or work
     total = torch.stack([s.to(work).to(sketch) for s in shares]).double().sum(dim=0)
     return total.to(sketch).to(work)
+
+
+def stagger(rank: int, world_size: int) -> float:
+    """s_i, by which the thresholds between a rank's levels are moved: their sum is zero.
+
+    Where all ranks have the same x, the sum of their levels is N x / D to within one level
+    (Hermite's identity), as if it had been rounded once; else all would err alike.
+    """
+    return (rank + 0.5) / world_size - 0.5
 
 
 def unit_of(total: Tensor, world_size: int) -> Tensor:
@@ -149,11 +125,12 @@ class RowLevels:
     world_size: int
     unit: Tensor
 
-    def send(self, x: Tensor) -> Tensor:
-        """The bytes of x, u = clamp(round(x / D), -h, h) + h."""
+    def send(self, x: Tensor, rank: int) -> Tensor:
+        """The bytes of x, u = clamp(round(x / D + s_i), -h, h) + h."""
         h = most_level(self.world_size)
         inverse = torch.where(self.unit > 0, 1 / self.unit, 0)
-        return ((x * inverse).clamp(-h, h).round() + h).to(torch.uint8)
+        level = (x * inverse + stagger(rank, self.world_size)).clamp(-h, h).round()
+        return (level + h).to(torch.uint8)
 
     def value(self, sent: Tensor) -> Tensor:
         """The part that counts as sent, D (u - h)."""

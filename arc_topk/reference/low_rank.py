@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from arc_topk.reference.compressors import Compressed, mean_of_sketches
-from arc_topk.reference.levels import ColumnLevels
+from arc_topk.reference.directions import Directions
+from arc_topk.reference.levels import RowLevels
 from arc_topk.reference.random_numbers import basis_column
 from arc_topk.reference.wire import Wire
 
@@ -80,7 +81,11 @@ def drawn(w: Tensor, seed: int, step: int, stream: int) -> Tensor:
 
 
 def low_rank(
-    x: Sequence[Tensor], w: Tensor, wire: Wire | ColumnLevels, sketch: torch.dtype | None = None
+    x: Sequence[Tensor],
+    w: Tensor,
+    wire: Wire | Directions,
+    sketch: torch.dtype | None = None,
+    used: Sequence[bool] | None = None,
 ) -> tuple[Compressed, Tensor]:
     """Two all-reduces of a factor each.
 
@@ -91,22 +96,39 @@ def low_rank(
     Args:
         x: messages [m, n], one a rank.
         w: W, float32 [n, k], without zero columns.
-        wire: what the R_i travel by.
-        sketch: the type that the P_i travel in; None: the work type, taken for exact.
+        wire: what the R_i travel by; `Directions`, the P_i as well.
+        sketch: the type that the P_i travel in otherwise; None: the work type, taken for exact.
+        used: which ranks' directions count; None: all.
 
     Returns:
         What was made of the messages, without rows and scores, and the next W.
     """
     work = wire.work
     own_p = [xi.double() @ w.double() for xi in x]
-    p = mean_of_sketches(own_p, work, sketch or work)
-    basis = orthonormalise(p, TOLERANCE[work]).to(work).double()
+    codec: Wire | RowLevels
+    if isinstance(wire, Wire):
+        p, codec = mean_of_sketches(own_p, work, sketch or work), wire
+    else:
+        p, codec = _by_directions(x, own_p, wire, used or [True] * len(x))
+    basis = orthonormalise(p.double(), TOLERANCE[work]).to(work).double()
     r = [(xi.double().T @ basis).to(work) for xi in x]
     # What has overflowed is not sent.
-    codec = wire.fitted_columns(own_p, p, x[0].shape[1])
-    sent = [codec.send(torch.where(ri.isfinite(), ri, 0.0)) for ri in r]
+    sent = [codec.send(torch.where(ri.isfinite(), ri, 0.0), i) for i, ri in enumerate(r)]
     mean = codec.mean(sent)
     own = [(basis @ codec.value(s).double().T).to(work) for s in sent]
     nothing = torch.empty(0, dtype=torch.int64)
     c = (basis @ mean.double().T).to(work)
     return Compressed(own, c, nothing, nothing), unit_columns(mean.double())
+
+
+def _by_directions(
+    x: Sequence[Tensor], p: Sequence[Tensor], wire: Directions, used: Sequence[bool]
+) -> tuple[Tensor, RowLevels]:
+    """P, in some unit, and what R travels by. Of a matrix of one row P^ is 1, and R_i is X_i."""
+    m, n = x[0].shape
+    norms = wire.norms([xi.T for xi in x] if m == 1 else p)
+    norms = torch.where(torch.tensor(used)[:, None], norms, 0.0)
+    if m == 1:
+        return torch.ones(1, 1, dtype=wire.work), wire.unit_of_row(norms, n)
+    summed = wire.summed(p, norms)
+    return summed, wire.units(norms, summed, n)

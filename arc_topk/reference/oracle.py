@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from arc_topk.reference.compressors import Compressed, arc_topk, dense, rand_k, top_k
+from arc_topk.reference.directions import Directions
 from arc_topk.reference.feedback import FEEDBACKS
 from arc_topk.reference.layout import flatten, unflatten
-from arc_topk.reference.levels import ColumnLevels, Levels
+from arc_topk.reference.levels import Levels
 from arc_topk.reference.low_rank import drawn, low_rank
 from arc_topk.reference.plan import Types, plan_view
 from arc_topk.reference.random_numbers import projection, rand_k_keys
@@ -97,6 +98,8 @@ class Oracle:
         ]
         self.world_size = world_size
         travels = None if wire_dtype is None else wire_type(wire_dtype, world_size)
+        if compressor == "low_rank" and wire_dtype == torch.uint8:  # both factors travel alike
+            sketch_dtype = travels
         self.types = Types.of(dtype, travels, state_dtype, compressor, sketch_dtype)
         self.compressor, self.feedback = compressor, feedback
         self.sketch_dim, self.start_step, self.seed = sketch_dim, start_step, seed
@@ -286,7 +289,8 @@ class Oracle:
             self.bases[t] = drawn(self.bases[t], self.seed, step, self.streams[t])
         g = [gi / self._loss_scale for gi in g]
         x = [state.prepare(gi) for state, gi in zip(states, g, strict=True)]
-        used = not self.may_be_unused or any(bool(gi.any()) for gi in g)
+        uses = [not self.may_be_unused or bool(gi.any()) for gi in g]
+        used = any(uses)
         finite = all(bool(xi.isfinite().all()) for xi in x)
         if not used or not finite:
             for state, gi in zip(states, g, strict=True):
@@ -295,7 +299,7 @@ class Oracle:
             output = zero if finite else torch.full_like(zero, math.nan)
             return self._result(t, output, "unused" if finite else "non-finite")
 
-        result = self._compress(t, [view.matrix(xi) for xi in x], step, selected, rtol)
+        result = self._compress(t, [view.matrix(xi) for xi in x], uses, step, selected, rtol)
         mean = view.flat(result.mean)
         for state, own in zip(states, result.own, strict=True):
             state.sent(view.flat(own))
@@ -305,7 +309,13 @@ class Oracle:
         return self._result(t, output, "compressed", result)
 
     def _compress(
-        self, t: int, x: list[Tensor], step: int, selected: Selection, rtol: float
+        self,
+        t: int,
+        x: list[Tensor],
+        uses: list[bool],
+        step: int,
+        selected: Selection,
+        rtol: float,
     ) -> Compressed:
         view = self.views[t]
         types, ranks = self.types, self.world_size
@@ -319,7 +329,7 @@ class Oracle:
             keys = rand_k_keys(self.seed, step, self.streams[t], view.m)
             return rand_k(x, keys, view.k, wire, selected)
         if self.compressor == "low_rank":
-            columns = ColumnLevels(ranks, types.work, types.sketch) if levels else wire
-            result, self.bases[t] = low_rank(x, self.bases[t], columns, types.sketch)
+            columns = Directions(ranks, types.work) if levels else wire
+            result, self.bases[t] = low_rank(x, self.bases[t], columns, types.sketch, uses)
             return result
         return top_k(x, view.k, wire, selected, rtol)

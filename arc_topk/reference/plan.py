@@ -47,7 +47,8 @@ class Types:
         gradient: of the gradients, and of what DDP gets.
         work: of arithmetic, sketches and scores: float32, float64 for float64.
         wire: of the rows; the gradient's unless told otherwise.
-        sketch: of the first collective; the work type unless told otherwise.
+        sketch: of the first collective; the work type unless told otherwise; of low rank on an
+            uint8 wire uint8.
         state: of the error feedback; the work type unless told otherwise, always for float64.
         dense: of a dense tensor on the wire. It has no state to keep what rounding takes away, so
             it is the gradient's type where one of the collectives has that, else the sketch's, or
@@ -103,13 +104,24 @@ def kept(ratio: float, m: int) -> int:
     return max(1, math.ceil(ratio * m * (1 - 1e-12)))
 
 
-def rank_of(m: int, n: int, numel: int, types: Types, ratio: float, rank: int | None) -> int:
+def column_bytes(m: int, n: int, types: Types, world_size: int) -> int:
+    """Of a column of both of low rank's factors; on bytes, two of norms a rank besides.
+
+    A matrix of one row has no first factor there.
+    """
+    if types.sketch == torch.uint8:
+        return (m if m > 1 else 0) + n + 2 * world_size
+    return m * types.sketch.itemsize + n * types.wire.itemsize
+
+
+def rank_of(
+    m: int, n: int, numel: int, types: Types, world_size: int, ratio: float, rank: int | None
+) -> int:
     """K of low rank: as asked for, or the most whose factors are `ratio` of the gradient's bytes.
 
     At least 1, at most min(m, n), where C is the mean message itself.
     """
-    units = 1 if types.wire == torch.uint8 else 0
-    column = (m + units) * types.sketch.itemsize + n * types.wire.itemsize
+    column = column_bytes(m, n, types, world_size)
     given = numel * types.gradient.itemsize
     k = math.floor(ratio * given * (1 + 1e-12) / max(column, 1)) if rank is None else rank
     return max(1, min(k, m, n))
@@ -129,25 +141,30 @@ def plan_view(
 
     Compressed bytes are r m sketch numbers and K n row elements for ARC-Top-K, K n row elements for
     Rand-K, K values and K int32 indices for Top-K, which looks at single elements whatever the
-    rows, k (m + n) numbers of two factors for low rank; on a uint8 wire a unit a row or column
-    besides; and one flag each. Top-K gathers: in a ring, a rank sends N - 1 times its bytes,
+    rows, k (m + n) numbers of two factors for low rank; on a uint8 wire a unit a row besides, or
+    norms a column; and one flag each, of bytes two. Low rank on bytes has nothing dense: what is no
+    matrix is one of one row. Top-K gathers: in a ring, a rank sends N - 1 times its bytes,
     against 2 (N - 1) / N times for an all-reduce, hence max(N, 2) / 2 times its bytes are compared.
     """
     numel, wire, sketch = layout.numel(), types.wire.itemsize, types.sketch.itemsize
     dense_bytes = numel * types.dense.itemsize
     stays_dense = View(1, numel, 1, numel, False, dense_bytes)
+    if types.sketch == torch.uint8 and numel > 0:
+        row_bytes = column_bytes(1, numel, types, world_size) + 2
+        stays_dense = View(1, numel, 1, numel, True, row_bytes)
     shape = matrix_shape(layout, row_width)
     if shape is None or compressor == "dense":
         return stays_dense
     m, n = (numel, 1) if compressor == "top_k" else shape
     low_rank = compressor == "low_rank"
-    k = rank_of(m, n, numel, types, ratio, rank) if low_rank else kept(ratio, m)
+    k = rank_of(m, n, numel, types, world_size, ratio, rank) if low_rank else kept(ratio, m)
     unit = 1 if types.wire == torch.uint8 else 0
+    flag = sketch * (2 if types.sketch == torch.uint8 else 1)
     wire_bytes = {
         "arc_topk": ((sketch_dim + unit) * m + 1) * sketch + k * n * wire,
         "rand_k": (k * n + 1) * wire,
         "top_k": k * (wire + 4) + 4,
-        "low_rank": (k * (m + unit) + 1) * sketch + k * n * wire,
+        "low_rank": k * column_bytes(m, n, types, world_size) + flag,
     }[compressor]
     traffic = wire_bytes * (max(world_size, 2) / 2 if compressor == "top_k" else 1)
     return View(m, n, k, numel, True, wire_bytes) if traffic < dense_bytes else stays_dense

@@ -38,8 +38,8 @@ class Wire:
         """The power of two that the values are divided by before they are summed."""
         return 2.0 ** math.ceil(math.log2(self.world_size)) if self.summed else 1.0
 
-    def send(self, x: Tensor) -> Tensor:
-        """The values as they travel, in `dtype`."""
+    def send(self, x: Tensor, rank: int = 0) -> Tensor:
+        """The values as they travel, in `dtype`: the same from every rank."""
         if self.dtype == torch.float16:
             largest = torch.finfo(torch.float16).max
             x = torch.where(x.isinf(), x, x.clamp(-largest, largest))
@@ -54,10 +54,6 @@ class Wire:
         total = torch.stack(list(sent)).double().sum(dim=0)
         total = total.to(self.dtype if self.summed else self.work).to(self.work)
         return total / (self.world_size / self.scale)
-
-    def fitted_columns(self, p: Sequence[Tensor], mean: Tensor, n: int) -> Wire:
-        """The wire of low rank's second factor: the same for all."""
-        return self
 
     def fitted(self, x: Sequence[Tensor], rows: Tensor) -> Wire:
         """The wire of selected rows: the same for all."""

@@ -40,12 +40,17 @@ class Method:
 def engine(name: str, *, wire: torch.dtype | None = None, **fields: Any) -> Method:
     """One of ours; the fields that are not `Method`'s are `arc_topk.Config`'s.
 
-    ``wire``: rows and second factors travel in it, and the first collective in bfloat16.
+    ``wire``: rows and second factors travel in it, and the first collective in bfloat16; low rank's
+    on bytes is bytes as well.
     """
     own = {
         key: fields.pop(key) for key in ("tuned_as", "budgeted", "curve", "ranks") if key in fields
     }
-    config = {**fields, **({} if wire is None else {"wire_dtype": wire, "sketch_dtype": BF16})}
+    config = dict(fields)
+    if wire is not None:
+        config["wire_dtype"] = wire
+        if wire != UINT8 or config["compressor"] != "low_rank":
+            config["sketch_dtype"] = BF16
     return Method(name, "engine", config, **own)
 
 

@@ -3,15 +3,18 @@
 // = P^ R^T. W (n x k) is the R of the step before, its columns at unit norm: the subspace is
 // iterated from step to step.
 //
-//   first payload, sketch type:  flags | m x k products P_i (, k norms) | dense, of that type
+//   first payload, sketch type:  flags | m x k products P_i | dense, of that type
 //   second payload,  wire type:  R_i^T, k x n | dense tensors of the wire's type
 //
 // What rank i has sent is C_i = P^ R_i^T, with R_i as rounded to the wire: the rest stays in e_i.
+// On an uint8 wire the first payload is kernels/directions.h's, and every tensor is a matrix, one
+// of a single row if it is no other: its P^ is 1, and R_i the tensor itself.
 #include "kernels/low_rank.h"
 
 #include <algorithm>
 
 #include "compress/compressor.h"
+#include "kernels/directions.h"
 
 namespace arc_topk {
 namespace {
@@ -26,8 +29,7 @@ class LowRank final : public Compressor {
   // The most columns whose bytes are the ratio's share of the gradient's, or as many as are asked
   // for; with min(m, n) of them C is the mean message itself.
   int64_t kept(const Matrix& x, const Types& types, const Config& config) const override {
-    const int64_t column =
-        size_of(types.sketch) * (x.rows + types.units()) + size_of(types.wire) * x.cols;
+    const int64_t column = column_bytes(x, types);
     const int64_t matrix = x.dense_bytes / size_of(types.dense) * size_of(types.gradient);
     // A product may land a hair below the integer that was meant.
     const double bytes = config.ratio * static_cast<double>(matrix) * (1 + 1e-12);
@@ -41,18 +43,18 @@ class LowRank final : public Compressor {
     return x.kept * (size_of(types.work()) * (x.rows + x.cols) + size_of(DType::kF32) * x.cols);
   }
 
-  // s k m + w k n, and the flag; with units s k more.
+  // s k m + w k n, and the flag; of bytes, norms as well.
   int64_t wire_bytes(const Matrix& x, const Types& types, const Config&) const override {
-    return size_of(types.sketch) * (x.kept * (x.rows + types.units()) + 1) +
-           size_of(types.wire) * x.kept * x.cols;
+    return x.kept * column_bytes(x, types) + types.flag_numbers() * size_of(types.sketch);
   }
 
   void lay_out(Plan& plan, const Config&) const override {
+    const bool directions = plan.types.sends_directions();
     int64_t& first = plan.first_numel;
     int64_t& second = plan.second_numel;
     plan.flags_in_first = true;
     plan.flags_at = 0;
-    first = plan.num_flags;
+    (directions ? plan.direction_bytes : first) = plan.num_flags;
     for (Segment& s : plan.segments) {
       FactorPlace& place = plan.factors.emplace_back();
       if (s.compressed()) {
@@ -61,6 +63,9 @@ class LowRank final : public Compressor {
         s.packed = second;
         second += s.kept * s.cols;
         lay_out_factors(plan, s, place);
+        if (!directions) continue;
+        place.bytes = plan.direction_bytes;
+        plan.direction_bytes += s.kept * (direction_rows(s.rows) + plan.types.norm_bytes);
       } else {
         plan.append_dense(s);
       }
@@ -94,10 +99,15 @@ class LowRank final : public Compressor {
   void settle(Step& step) const override { kernels_of(step).settle(step.bucket()); }
 
  private:
+  static int64_t column_bytes(const Matrix& x, const Types& types) {
+    const int64_t rows = types.sends_directions() ? direction_rows(x.rows) : x.rows;
+    return size_of(types.sketch) * rows + types.norm_bytes + size_of(types.wire) * x.cols;
+  }
+
   static void lay_out_factors(Plan& plan, const Segment& s, FactorPlace& place) {
     const int64_t strips = (s.rows + kStripRows - 1) / kStripRows;
     const int64_t right = s.kept * factor_stride(s.cols);
-    place = {plan.num_left, plan.num_right, plan.num_partial};
+    place = {plan.num_left, plan.num_right, plan.num_partial, 0};
     plan.num_left += s.rows * s.kept;
     plan.num_right += right;
     const int64_t windows = (s.cols + kWindowCols - 1) / kWindowCols;

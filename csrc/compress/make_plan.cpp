@@ -5,6 +5,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "kernels/directions.h"
 #include "kernels/levels.h"
 
 namespace arc_topk {
@@ -85,8 +86,10 @@ Types types_for(const Config& config, const Compressor& compressor, DType gradie
   Types types{};
   types.gradient = gradient;
   types.state = gradient == DType::kF64 ? DType::kF64 : config.state_dtype.value_or(DType::kF32);
-  types.sketch = config.sketch_dtype.value_or(types.work());
   types.wire = wire_for(config, gradient, world_size);
+  const bool asks_for_bytes = compressor.factorises() && config.wire_dtype == DType::kU8;
+  types.sketch = asks_for_bytes ? types.wire : config.sketch_dtype.value_or(types.work());
+  if (types.sends_directions()) types.norm_bytes = kNormBytes * world_size;
   types.dense = compressor.dense_type(types);
   return types;
 }
@@ -103,10 +106,20 @@ Matrix view_as_matrix(const Config& config, const Compressor& compressor, const 
   }
   matrix.rows = divide_up(shape.numel, matrix.cols);
   matrix.dense_bytes = shape.numel * size_of(types.dense);
-  matrix.kept = compressor.kept(matrix, types, config);
+  const auto count = [&] {
+    matrix.kept = compressor.kept(matrix, types, config);
+    matrix.wire_bytes = compressor.wire_bytes(matrix, types, config);
+  };
+  count();
   matrix.state_bytes = state_bytes(config, compressor, types, shape.numel);
-  matrix.wire_bytes = compressor.wire_bytes(matrix, types, config);
   matrix.why_dense = why_dense(config, compressor, shape, matrix, compressor.link_cost(world_size));
+  // Nothing travels in bytes without a residual: what is no matrix is one of a single row.
+  if (types.sends_directions() && shape.numel > 0 && !matrix.why_dense.empty()) {
+    matrix.rows = 1;
+    matrix.cols = shape.numel;
+    matrix.why_dense.clear();
+    count();
+  }
   matrix.resync_bytes = shape.numel * size_of(types.work());
   if (!matrix.why_dense.empty()) {
     matrix.resync_bytes = 0;
@@ -140,7 +153,8 @@ Plan make_plan(const Config& config, const Compressor& compressor, DType gradien
       s.rows = matrix.rows;
       s.cols = matrix.cols;
       s.kept = matrix.kept;
-      s.flag = plan.num_flags++;
+      s.flag = plan.num_flags;
+      plan.num_flags += plan.types.flag_numbers();
       if (!compressor.factorises()) {
         s.key = num_keys;
         s.pick = plan.num_picks;

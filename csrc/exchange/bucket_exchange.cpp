@@ -49,6 +49,7 @@ void BucketExchange::begin(const at::Tensor& buffer, int64_t index, bool result_
   }
   state_.take(buffer);
   state_.bucket.result_in_gradient = result_in_buffer;
+  state_.bucket.rank = shared_.rank;
   state_.progress->busy = true;
   number_ = state_.progress->exchanges;
   mode_ = choose_mode();
@@ -351,6 +352,7 @@ void BucketExchange::average_gradient(Phase phase) {
 // would write every sum in every type.
 void BucketExchange::all_reduce_first(Phase phase) {
   if (state_.narrow.empty()) return all_reduce(state_.first, phase);
+  if (plan().types.sends_directions()) return all_reduce(state_.narrow, phase);
   enter(phase);
   state_.narrow[0].copy_(state_.first[0]);
   collectives_.all_reduce(state_.narrow);

@@ -33,7 +33,7 @@ ARC_TOPK_HD T* partial_of(const Bucket& b, const Segment& s, int64_t strip) {
          strip * s.kept * factor_stride(s.cols);
 }
 
-// On an uint8 wire a number a column, behind P_i: its share of the mean norm, then D.
+// On an uint8 wire a number a column of R, behind P: D.
 template <class T>
 ARC_TOPK_HD T* units_of(const Bucket& b, const Segment& s) {
   return static_cast<T*>(b.first) + s.units(s.kept);

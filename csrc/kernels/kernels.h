@@ -32,7 +32,7 @@ struct Segment {
   int64_t rows;     // m
   int64_t cols;     // n
   int64_t kept;     // K, low rank: k; 0 for a tensor that stays dense (rows = numel, cols = 1)
-  int64_t flag;     // compressed: its place among the flags
+  int64_t flag;     // compressed: its place among the flags (of bytes: two of them)
   int64_t sketch;   // compressed: its m x r sketch in the first payload (row-major); low rank: P
   int64_t packed;   // its K x n rows, R^T, or its dense copy, in the payload that carries them
   int64_t key;      // compressed: its m rows among those of all compressed segments
@@ -42,7 +42,7 @@ struct Segment {
   bool dense_in_first;  // dense: rides in the first payload (work type), not the second
 
   constexpr bool compressed() const { return kept > 0; }
-  // Compressed, on an uint8 wire: units of rows, or of R's columns, behind the sketch or P.
+  // Compressed, on an uint8 wire: units of rows behind the sketch; of R's columns behind P.
   constexpr int64_t units(int64_t columns) const { return sketch + rows * columns; }
   constexpr bool has_many_rows() const { return compressed() && rows > kManyRows; }
 };
@@ -79,6 +79,7 @@ struct FactorPlace {
   int64_t left;     // its P^, m x k, among those of all
   int64_t right;    // its k columns of n elements, factor_stride(n) apart
   int64_t partial;  // as many for each strip of rows, or m k for each window of columns
+  int64_t bytes;    // on an uint8 wire: in Bucket::directions
 };
 
 // Low rank: what lies between steps, or only within one, beside payloads and state. The residual is
@@ -136,7 +137,10 @@ struct Bucket {
   // Payloads. Top-K's lie inside one message of bytes, picks and flags with them.
   void* first;   // work type: flags | sketches, units | dense tensors
   void* second;  // wire_type: (Rand-K: flags |) rows | dense tensors
-  void* flags;   // one number per compressed segment, inside one of the payloads
+  // Low rank on an uint8 wire: what travels in place of `first`, which is this rank's alone then.
+  // kernels/directions.h says what is in it.
+  uint8_t* directions;
+  void* flags;  // one number per compressed segment, inside one of the payloads; of bytes, two
   DType flag_type;
   int32_t* picks;  // selected rows, ascending within a segment
   Factors factors;
@@ -157,6 +161,7 @@ struct Bucket {
   void* withheld;        // state_type: the first element of h, while NaN stands in its place
   uint8_t* is_withheld;  // whether it does
 
+  int rank;  // of this step
   int world_size;
   // Wire values are X_i * wire_scale: scale_of_sum(), or 1 where they are not summed on their way.
   // What comes back is divided by it again. (Rows on an uint8 wire are integers, and need none.)

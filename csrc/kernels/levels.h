@@ -6,14 +6,17 @@
 // unit D on all ranks, in which its elements are rounded to levels:
 //
 //   first payload:   rank i's share of D, c rms(X_ij) / N; summed on its way, these are D
-//   second payload:  u = clamp(round(x / D), -h, h) + h; summed on its way
+//   second payload:  u = clamp(round(x / D + s_i), -h, h) + h; summed on its way
 //   C_i = D (u - h), which leaves the state, and C = D / N (sum of u - N h)
 //
-// c is the uniform step that suits so many levels best where x / rms is N(0, 1).
+// c is the uniform step that suits so many levels best where x / rms is N(0, 1). The thresholds of
+// the ranks are staggered, s_i = (i + 1/2) / N - 1/2: where all have the same x, the sum of their
+// levels is N x / D to within one level, as if it had been rounded once, to 2 h N + 1 levels
+// (Hermite's identity). That the ranks have noise of their own does as much; where they have little
+// of it, as with many ranks, the errors would add up else.
 //
-// A column of low rank's R_i is a row to it, but for its D: no rank has an R_i when the first
-// payload is sent. That carries how long the columns of P_i = X_i W are, and column_unit() takes it
-// from there.
+// A column of low rank's R_i is a row to it, but for its D, which directions.h makes: no rank has
+// an R_i when the first payload is sent.
 #pragma once
 
 #include <cmath>
@@ -56,6 +59,7 @@ struct Levels {
   T zeros;    // N h, the sum of what zeros are sent as
   T ranks;    // N
   T largest_unit;
+  T stagger;     // s_i
   double step;   // c / N
   double reach;  // A
 
@@ -65,6 +69,7 @@ struct Levels {
         zeros(static_cast<T>(b.world_size) * most),
         ranks(static_cast<T>(b.world_size)),
         largest_unit(std::numeric_limits<T>::max() / (most + 1)),
+        stagger(static_cast<T>((b.rank + 0.5) / b.world_size - 0.5)),
         step(used ? kBestStep[b.world_size - 1] / b.world_size : 0),
         reach(used ? kReach[b.world_size - 1] : 0) {}
 
@@ -72,19 +77,6 @@ struct Levels {
   // That is made in double, where no float's square is too large or too small.
   ARC_TOPK_HD T own_share(double squares, int64_t count) const {
     return static_cast<T>(step * std::sqrt(squares / static_cast<double>(count)));
-  }
-
-  // D of a column of R_i = X_i^T P^, from the mean norm `own` of the ranks' columns of P_i = X_i W
-  // and the squared norm of the column of their mean. Where the first is more than the second, the
-  // ranks have noise of their own, of some variance an element: in m elements of P_i's column, in n
-  // of R_i's. Along w, R_i's column is as long as the mean one of P is.
-  ARC_TOPK_HD T column_unit(T own, double squares, int64_t m, int64_t n) const {
-    const double all = static_cast<double>(own) * static_cast<double>(own);
-    const double count = static_cast<double>(ranks);
-    const bool noisy = count > 1 && all > squares;
-    const double noise = noisy ? (all - squares) / (1 - 1 / count) : 0;
-    const double square = squares / static_cast<double>(n) + noise / static_cast<double>(m);
-    return unit(static_cast<T>(reach / static_cast<double>(most) * std::sqrt(square)));
   }
 
   // D, from the sum of all ranks' shares. Its last eight bits are zero, so that D times a level is
@@ -96,12 +88,12 @@ struct Levels {
   }
   ARC_TOPK_HD static T inverse(T unit) { return unit > T(0) ? T(1) / unit : T(0); }
 
-  // The level of a finite x, ties to even: adding a number whose unit in the last place is 1 rounds
-  // to an integer, on every processor alike.
+  // The level of a finite x, ties to even, 0 of zero: adding a number whose unit in the last place
+  // is 1 rounds to an integer, on every processor alike.
   ARC_TOPK_HD T level(T x, T inverse) const {
     constexpr T kRound =
         T(1.5) * static_cast<T>(int64_t{1} << (std::numeric_limits<T>::digits - 1));
-    const T y = x * inverse;
+    const T y = x * inverse + stagger;
     return ((y < -most ? -most : most < y ? most : y) + kRound) - kRound;
   }
   ARC_TOPK_HD uint8_t byte(T level) const {

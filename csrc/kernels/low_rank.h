@@ -21,16 +21,16 @@ class LowRankKernels {
 
   // --- before the first collective --------------------------------------------------------------
   // Draws the columns of W that are zero. Then one pass over gradient and state: X_i = g_i + e_i
-  // into own_a, X_i W into `first` (for an uint8 wire this rank's share of its columns' mean norms
-  // behind it); used[], bad[] and this rank's flags as Kernels::prepare() sets them, dense segments
-  // into their payload. What is not used[] here is not stored.
+  // into own_a, X_i W into `first`, and on an uint8 wire what directions.h makes of it into
+  // `directions`; used[], bad[] and this rank's flags as Kernels::prepare() sets them, dense
+  // segments into their payload. What is not used[] here is not stored.
   virtual void prepare(const Bucket& b, uint64_t seed, uint64_t step) const = 0;
 
   // --- between the collectives ------------------------------------------------------------------
   // Reads outcome[] off the summed flags and brings own state to what it demands, as
   // Kernels::commit() does. Of normal segments P^ = orth(P), P the summed first payload: a column
-  // that adds nothing to those before it, or has overflowed, becomes zero. For an uint8 wire the
-  // norms become units.
+  // that adds nothing to those before it, or has overflowed, becomes zero. On an uint8 wire P is
+  // what came back of the directions, and the columns of R get their units.
   virtual void orthonormalise(const Bucket& b) const = 0;
   // R_i = X_i^T P^ of normal segments, rounded to the wire type, into `second`, and as it is sent
   // into the right factor: with that it has left the residual. What has overflowed is sent as zero.

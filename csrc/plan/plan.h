@@ -23,14 +23,19 @@ struct Shape {
 struct Types {
   DType gradient;
   DType state;
-  DType sketch;  // what the first payload travels in; it is made, and read, in the work type
+  DType sketch;  // what the first payload travels in; it is made, and read, in the work type. kU8:
+                 // low rank's on an uint8 wire, which has a payload of its own for that
   DType wire;    // what the second one is
   DType dense;   // what a dense tensor rides in: it has no state to feed a rounding back from
+  int64_t norm_bytes = 0;  // of a column of P, where directions travel: of every rank its own
 
   DType work() const { return work_type(gradient); }
-  // An uint8 wire carries integers, each row or column in a unit of its own: what that is made
-  // from travels beside the row of the sketch, or the column of P_i.
+  // An uint8 wire carries integers, each row or column in a unit of its own. What a row's is made
+  // from travels beside its sketch; a column's is kept beside its P.
   int64_t units() const { return wire == DType::kU8 ? 1 : 0; }
+  bool sends_directions() const { return sketch == DType::kU8; }
+  // Numbers that a flag consists of: a sum of bytes has no infinity.
+  int64_t flag_numbers() const { return sends_directions() ? 2 : 1; }
   bool dense_in_first() const { return dense == sketch; }
 };
 
@@ -63,6 +68,7 @@ struct Plan {
   int64_t num_right = 0;             // of all right ones,
   int64_t num_partial = 0;           // and of their sums over strips or windows
   int64_t first_numel = 0;           // work type, travels in the sketch's
+  int64_t direction_bytes = 0;       // or these do in its place
   int64_t second_numel = 0;          // wire type
   int64_t flags_at = 0;              // element within the payload that carries the flags
   bool flags_in_first = true;

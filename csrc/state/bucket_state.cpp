@@ -84,7 +84,10 @@ void allocate_payloads(BucketState& s, c10::Device device) {
   const Plan& plan = s.plan;
   s.first = one_of(uninitialised(plan.first_numel, scalar_type_of(plan.types.work()), device));
   if (plan.types.sketch != plan.types.work()) {
-    s.narrow = one_of(uninitialised(plan.first_numel, scalar_type_of(plan.types.sketch), device));
+    const bool directions = plan.types.sends_directions();
+    s.narrow = one_of(uninitialised(directions ? plan.direction_bytes : plan.first_numel,
+                                    scalar_type_of(plan.types.sketch), device));
+    if (directions) s.bucket.directions = static_cast<uint8_t*>(data_of(s.narrow));
   }
   s.second = one_of(uninitialised(plan.second_numel, scalar_type_of(plan.types.wire), device));
   // Zeros: those of a tensor that has not been sent yet are compared between ranks as well.
@@ -93,8 +96,13 @@ void allocate_payloads(BucketState& s, c10::Device device) {
   s.bucket.first = data_of(s.first);
   s.bucket.second = data_of(s.second);
   s.bucket.picks = static_cast<int32_t*>(data_of(s.picks));
-  const DType flag_type = plan.flags_in_first ? plan.types.work() : plan.types.wire;
-  void* flags_payload = plan.flags_in_first ? s.bucket.first : s.bucket.second;
+  const bool directions = plan.types.sends_directions();
+  const DType flag_type = directions            ? DType::kU8
+                          : plan.flags_in_first ? plan.types.work()
+                                                : plan.types.wire;
+  void* flags_payload = directions            ? s.bucket.directions
+                        : plan.flags_in_first ? s.bucket.first
+                                              : s.bucket.second;
   s.bucket.flag_type = flag_type;
   s.bucket.flags = static_cast<char*>(flags_payload) + plan.flags_at * size_of(flag_type);
 }

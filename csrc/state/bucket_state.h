@@ -42,7 +42,8 @@ struct BucketState {
   // Vectors of one tensor, as collectives want them, so that a step makes none. The gradient is
   // held only while its exchange is in the air: DDP frees its buffers when it makes others.
   std::vector<at::Tensor> gradient, first, second, message;
-  std::vector<at::Tensor> narrow;  // what the first payload travels in, if not in its own type
+  // What travels in place of the first payload: the same in another type, or low rank's directions.
+  std::vector<at::Tensor> narrow;
   at::Tensor gathered;
   at::Tensor picks, marks, scratch, withheld, is_withheld;
   at::Tensor energy;  // an Energy, as two doubles

@@ -87,7 +87,9 @@ class OneRank {
   // What the sum over ranks makes of the flags where another has used this tensor.
   void used_elsewhere(size_t segment) {
     const Segment& s = state_->plan.segments[segment];
-    if (s.compressed()) state_->first[0][s.flag] += 1;
+    const std::vector<at::Tensor>& payload =
+        state_->bucket.directions != nullptr ? state_->narrow : state_->first;
+    if (s.compressed()) payload[0][s.flag] += 1;
   }
   void finish() {
     kernels_.orthonormalise(state_->bucket);
@@ -107,7 +109,9 @@ class OneRank {
     for (const at::Tensor& one : {state_->own_a, state_->right}) {
       if (one.defined()) all.push_back(one);
     }
-    if (!state_->second.empty()) all.push_back(state_->second[0]);
+    for (const auto* payload : {&state_->narrow, &state_->second}) {
+      if (!payload->empty()) all.push_back((*payload)[0]);
+    }
     return all;
   }
   const BucketState& state() const { return *state_; }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bucket_in_memory.h"
+#include "kernels/directions.h"
 #include "kernels/low_rank.h"
 #include "plan/plan.h"
 #include "race_bodies.h"
@@ -218,6 +219,8 @@ class DeviceBucket {
  public:
   DeviceBucket(const BucketSpec& spec, const Kernels& kernels, bool factorises = false)
       : host(spec), pieces_(cut_into_pieces(host.segments, kernels.grain())), b(host.b) {
+    directions_ = factorises && spec.wire == DType::kU8;
+    for (Segment& s : host.segments) s.flag *= directions_ ? 2 : 1;
     b.segments = put("segments", host.segments.data(), b.num_segments);
     b.pieces = put("pieces", pieces_.data(), static_cast<int64_t>(pieces_.size()));
     b.num_pieces = static_cast<int64_t>(pieces_.size());
@@ -229,7 +232,7 @@ class DeviceBucket {
     for (const Segment& s : host.segments) flags += s.compressed(), picks += s.kept;
     b.first = array("first payload", first_bytes());
     b.second = array("second payload", second_bytes());
-    b.flags = array("flags", flags * size_of(b.flag_type));
+    if (!directions_) b.flags = array("flags", flags * size_of(b.flag_type));
     b.picks = static_cast<int32_t*>(array("picks", 4 * picks));
     b.used = static_cast<uint8_t*>(array("used", b.num_segments));
     b.bad = static_cast<uint8_t*>(array("bad", b.num_segments));
@@ -291,11 +294,13 @@ class DeviceBucket {
 
   // As bucket_state.cpp has them, all of them zero.
   void put_factors() {
-    int64_t left = 0, right = 0, partial = 0;
+    int64_t left = 0, right = 0, partial = 0, bytes = 0;
+    for (const Segment& s : host.segments) bytes += s.compressed() ? 2 : 0;  // flags
     Factors& f = b.factors;
     for (const Segment& s : host.segments) {
-      places_.push_back({left, right, partial});
+      places_.push_back({left, right, partial, bytes});
       if (!s.compressed()) continue;
+      bytes += s.kept * (direction_rows(s.rows) + kNormBytes * b.world_size);
       const int64_t its = s.kept * factor_stride(s.cols);
       left += s.rows * s.kept;
       right += its;
@@ -315,13 +320,20 @@ class DeviceBucket {
     f.tiles = put("tiles", tiles_.data(), f.num_tiles);
     f.left_numel = left;
     b.sketch_dim = 0;
+    if (!directions_) return;
+    num_directions = bytes;
+    b.directions = static_cast<uint8_t*>(array("directions", bytes));
+    b.flags = b.directions;
+    b.flag_type = DType::kU8;
   }
 
   std::vector<Piece> pieces_;
   std::vector<Piece> tiles_;
   std::vector<FactorPlace> places_;
+  bool directions_ = false;
 
  public:
+  int64_t num_directions = 0;
   Bucket b;
 };
 
@@ -462,6 +474,8 @@ void low_rank_steps(BucketSpec spec, const race::WatchedKernels& kernels) {
         race::expect_written(static_cast<char*>(x.b.first) + s.sketch * size,
                              static_cast<size_t>(s.rows * s.kept * size));
     }
+    if (x.b.directions != nullptr)
+      race::expect_written(x.b.directions, static_cast<size_t>(x.num_directions));
     x.sum_flags();
     low_rank.orthonormalise(x.b);
     low_rank.multiply_back(x.b);

@@ -15,9 +15,10 @@ namespace {
 
 // --- the codec alone -----------------------------------------------------------------------------
 
-Bucket bucket_of(int world_size) {
+Bucket bucket_of(int world_size, int rank = 0) {
   Bucket b{};
   b.wire_type = kU8;
+  b.rank = rank;
   b.world_size = world_size;
   return b;
 }
@@ -69,16 +70,36 @@ TYPED_TEST(LevelsOf, NoSumOfBytesOverflowsWhateverIsSent) {
 
 TYPED_TEST(LevelsOf, AreRoundedToNearestEvenAndCutOff) {
   using T = TypeParam;
-  const Levels<T> levels(bucket_of(4));
   const double expected[][2] = {{0.5, 0},   {-0.5, 0},  {1.5, 2},   {2.5, 2},
                                 {-2.5, -2}, {0.51, 1},  {30.4, 30}, {30.5, 30},
                                 {30.6, 31}, {31.5, 31}, {1e30, 31}, {-31.6, -31}};
-  for (const auto& [x, level] : expected) {
-    EXPECT_EQ(levels.level(static_cast<T>(x * 0.25), T(4)), static_cast<T>(level)) << x;
+  for (int rank = 0; rank < 4; ++rank) {
+    const Levels<T> levels(bucket_of(4, rank));
+    const double stagger = (rank + 0.5) / 4 - 0.5;
+    for (const auto& [x, level] : expected) {
+      const auto moved = static_cast<T>((x - stagger) * 0.25);
+      EXPECT_EQ(levels.level(moved, T(4)), static_cast<T>(level)) << x << ", rank " << rank;
+    }
+    EXPECT_EQ(levels.level(T(0), T(4)), T(0));
   }
 }
 
-// So what is sent is exact, and so is what stays of what was not cut off.
+// The same x on all ranks: as if it had been rounded once, N times as finely.
+TYPED_TEST(LevelsOf, StaggeredThresholdsAddUpToFinerLevels) {
+  using T = TypeParam;
+  std::mt19937 random(5);
+  for (int n = 1; n <= kMostRanksOfLevels; ++n) {
+    for (int i = 0; i < 200; ++i) {
+      const T most = static_cast<T>(most_level(n)) - 1;
+      const T x = std::uniform_real_distribution<T>(-most, most)(random);
+      T sum = 0;
+      for (int rank = 0; rank < n; ++rank) sum += Levels<T>(bucket_of(n, rank)).level(x, T(1));
+      ASSERT_LE(std::abs(sum - x * static_cast<T>(n)), T(0.501)) << n << " ranks, x " << x;
+    }
+  }
+}
+
+// So what is sent is exact, and what stays of what was not cut off is but for its own rounding.
 TYPED_TEST(LevelsOf, AProductOfUnitAndLevelIsExact) {
   using T = TypeParam;
   std::mt19937 random(3);
@@ -96,8 +117,9 @@ TYPED_TEST(LevelsOf, AProductOfUnitAndLevelIsExact) {
       ASSERT_EQ(static_cast<long double>(level * unit), exactly);
       if (std::abs(level) < levels.most) {
         const T rest = x - level * unit;
-        ASSERT_EQ(static_cast<long double>(rest), static_cast<long double>(x) - exactly);
-        ASSERT_LE(std::abs(rest), unit * T(0.5001));
+        const long double lost = static_cast<long double>(rest) - (x - exactly);
+        ASSERT_LE(std::abs(lost), unit * std::numeric_limits<T>::epsilon());
+        ASSERT_LE(std::abs(rest), unit * T(1.0001));
       }
     }
   }
@@ -123,7 +145,8 @@ struct Codec {
   }
   double level(double x, double its_unit) const {
     if (its_unit == 0) return 0;
-    const double y = scalar.w(x * scalar.w(1 / its_unit));
+    const double stagger = scalar.w((b.rank + 0.5) / b.world_size - 0.5);
+    const double y = scalar.w(scalar.w(x * scalar.w(1 / its_unit)) + stagger);
     return std::nearbyint(std::clamp(y, -h, h));
   }
   double mean(double sum, double its_unit) const {

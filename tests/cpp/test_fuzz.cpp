@@ -12,6 +12,7 @@
 #include "compress/make_plan.h"
 #include "exchange/exchange.h"
 #include "fuzz.h"
+#include "kernels/directions.h"
 #include "state/torch_types.h"
 #include "thread_group.h"
 
@@ -40,10 +41,13 @@ void expect_full(std::vector<Place> places, int64_t numel) {
 
 void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>& shapes) {
   ASSERT_EQ(plan.segments.size(), shapes.size());
-  std::vector<Place> bucket, first, second, picks, left;
+  std::vector<Place> bucket, first, second, picks, left, directions;
   const bool gathers = config.compressor == "top_k" && !plan.dense;
+  const bool of_bytes = plan.types.sends_directions() && !plan.dense;
   if (!gathers) {
-    (plan.flags_in_first ? first : second)
+    (of_bytes              ? directions
+     : plan.flags_in_first ? first
+                           : second)
         .push_back({plan.flags_at, plan.flags_at + plan.num_flags});
   }
   int64_t large = 0, dense_bytes = 0;
@@ -76,6 +80,11 @@ void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>
       first.push_back({s.sketch, s.sketch + s.rows * s.kept});
       if (plan.types.wire == DType::kU8)
         first.push_back({s.units(s.kept), s.units(s.kept) + s.kept});
+      if (of_bytes) {
+        const int64_t bytes = plan.factors[static_cast<size_t>(&s - plan.segments.data())].bytes;
+        const int64_t column = direction_rows(s.rows) + plan.types.norm_bytes;
+        directions.push_back({bytes, bytes + s.kept * column});
+      }
     }
     second.push_back({s.packed, s.packed + s.kept * s.cols});
     if (config.compressor == "arc_topk") {
@@ -90,8 +99,9 @@ void check_plan(const Plan& plan, const Config& config, const std::vector<Shape>
   if (!plan.in_place) {
     expect_full(first, plan.first_numel);
     expect_full(second, plan.second_numel);
-    int64_t bytes = plan.first_numel * size_of(plan.types.sketch) +
-                    plan.second_numel * size_of(plan.types.wire);
+    expect_full(directions, plan.direction_bytes);
+    int64_t bytes = of_bytes ? plan.direction_bytes : plan.first_numel * size_of(plan.types.sketch);
+    bytes += plan.second_numel * size_of(plan.types.wire);
     if (gathers) bytes += 4 * (plan.num_picks + plan.num_flags);
     ASSERT_EQ(plan.wire_bytes, bytes);
   }

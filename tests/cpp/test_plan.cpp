@@ -178,6 +178,32 @@ TEST(Plan, BytesHaveAUnitARowAndBecomeBfloat16ForManyRanks) {
   EXPECT_EQ(plan_of(config, shapes, DType::kF32, 33).types.wire, DType::kBF16);
 }
 
+TEST(Plan, LowRankOnBytesHasNothingDenseAndTwoBytesOfNormsARank) {
+  Config config;
+  config.compressor = "low_rank";
+  config.rank = 3;
+  config.wire_dtype = DType::kU8;
+  config.sketch_dtype = DType::kBF16;  // of other wires alone
+  const std::vector<Shape> shapes = {matrix(40, 24), vector(7), matrix(3, 5), vector(0)};
+  for (const int world_size : {1, 32}) {
+    const Plan plan = make_plan(config, low_rank(), DType::kF32, shapes, world_size);
+    EXPECT_TRUE(plan.types.sends_directions());
+    EXPECT_EQ(plan.num_flags, 6);
+    const int64_t columns = 3 + 1 + 1;
+    EXPECT_EQ(plan.direction_bytes, 6 + 3 * 40 + 2 * world_size * columns);
+    EXPECT_EQ(plan.second_numel, 3 * 24 + 7 + 15);
+    EXPECT_EQ(plan.wire_bytes, plan.direction_bytes + plan.second_numel);
+    EXPECT_EQ(plan.segments[1].rows, 1);
+    EXPECT_EQ(plan.segments[2].cols, 15);
+    EXPECT_FALSE(plan.segments[3].compressed());
+  }
+  const Plan plan = make_plan(config, low_rank(), DType::kF32, shapes, 33);
+  EXPECT_EQ(plan.types.wire, DType::kBF16);
+  EXPECT_EQ(plan.types.sketch, DType::kBF16);
+  EXPECT_EQ(plan.direction_bytes, 0);
+  EXPECT_FALSE(plan.segments[1].compressed());
+}
+
 TEST(Compressor, UnknownNamesAreListed) {
   try {
     compressor_named("topk");

@@ -76,6 +76,7 @@ def check(number: int) -> str:
             (fields.get("eta") is not None and fields.get("feedback") != "ef21m")
             or (fields.get("rank") is not None and not low_rank)
             or (low_rank and fields.get("feedback") in ("ef21", "ef21m"))
+            or (low_rank and fields.get("wire_dtype") == torch.uint8 and fields.get("sketch_dtype"))
             or (
                 (fields.get("wire_dtype") == torch.uint8 or fields.get("sketch_dtype") is not None)
                 and fields.get("compressor", "arc_topk") not in ("arc_topk", "low_rank")

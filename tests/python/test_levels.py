@@ -120,7 +120,7 @@ def test_no_sum_overflows_and_what_is_not_sent_stays(dtype: torch.dtype) -> None
         x = extreme_rows(n, dtype, n)
         rows = torch.arange(x[0].shape[0])
         codec = Levels(n, dtype, x[0].numel()).fitted(x, rows)
-        sent = [codec.send(xi) for xi in x]
+        sent = [codec.send(xi, rank) for rank, xi in enumerate(x)]
         h = most_level(n)
         assert all(int(u.max()) <= 2 * h for u in sent)
         assert int(torch.stack(sent).sum(dim=0).max()) <= 255
@@ -137,9 +137,20 @@ def test_no_sum_overflows_and_what_is_not_sent_stays(dtype: torch.dtype) -> None
         for xi, ci, u in zip(x, own, sent, strict=True):
             rest = xi - ci
             cut = (u == 0) | (u == 2 * h)
-            assert torch.equal(torch.where(cut, xi, ci + rest), xi)
-            assert ((rest.abs() <= 0.5001 * codec.unit) | cut | (codec.unit == 0)).all()
-            assert (rest.abs() <= xi.abs() * (1 + 1e-6)).all() or n == 1
+            lost = ((ci + rest).double() - xi.double()).abs()
+            assert (cut | (lost <= codec.unit.double() * torch.finfo(dtype).eps)).all()
+            assert ((rest.abs() <= 1.0001 * codec.unit) | cut | (codec.unit == 0)).all()
+
+
+@pytest.mark.parametrize("world_size", RANKS)
+def test_staggered_thresholds_add_up_to_finer_levels(world_size: int) -> None:
+    """Ranks that are alike do not err alike: the sum of their levels is N x / D within one."""
+    chance = torch.Generator().manual_seed(world_size)
+    row = torch.randn(1, 500, generator=chance, dtype=torch.float64)
+    codec = Levels(world_size, torch.float64, 500).fitted([row] * world_size, torch.tensor([0]))
+    sent = [codec.send(row, rank) for rank in range(world_size)]
+    error = (codec.mean(sent) - row).abs() * world_size / codec.unit
+    assert (error[row.abs() < codec.unit * (most_level(world_size) - 1)] <= 0.51).all()
 
 
 def test_a_rows_unit_is_of_the_elements_that_it_has() -> None:
@@ -153,7 +164,7 @@ def test_a_rows_unit_is_of_the_elements_that_it_has() -> None:
 def test_a_row_of_zeros_is_sent_as_zeros() -> None:
     x = [torch.zeros(2, 3), torch.zeros(2, 3)]
     codec = Levels(2, torch.float32, 6).fitted(x, torch.tensor([0, 1]))
-    sent = [codec.send(xi) for xi in x]
+    sent = [codec.send(xi, rank) for rank, xi in enumerate(x)]
     assert all((u == 63).all() for u in sent)
     assert not codec.mean(sent).any() and not codec.unit.any()
     subnormal = torch.full((2,), 1e-42)
@@ -168,7 +179,7 @@ def oracle_of(feedback: str, world_size: int, **config: Any) -> Oracle:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 32])
 def test_ef14_loses_nothing(world_size: int) -> None:
-    """C_i + e_i = g_i + e_i(old): to the bit where x was not cut off, which is almost all."""
+    """C_i + e_i = g_i + e_i(old), to the last bit but one of what is added."""
     oracle = oracle_of("ef14", world_size)
     chance = torch.Generator().manual_seed(1)
     for _ in range(8):
@@ -182,8 +193,7 @@ def test_ef14_loses_nothing(world_size: int) -> None:
         for i, own in enumerate(result.compressed.own):
             before = g[i][0].flatten() + old[i]
             after = own.flatten() + oracle.states[i][0].e
-            assert (after == before).float().mean() > 0.99
-            torch.testing.assert_close(after, before, rtol=3e-7, atol=0)
+            torch.testing.assert_close(after, before, rtol=3e-7, atol=3e-7)
 
 
 @pytest.mark.parametrize("feedback", ["ef21", "ef21m"])

@@ -308,6 +308,41 @@ def test_a_group_that_was_given_must_be_ddps() -> None:
             assert f"process_group of the ranks ({rank},), ddp's has (0, 1)" in text
 
 
+# --- settings of the optimizer --------------------------------------------------------------------
+
+
+def register_beside(
+    rank: int, world_size: int, fields: dict[str, Any], name: str, settings: dict[str, Any]
+) -> list[str]:
+    ddp = wrap(LAYOUTS, torch.float32)
+    optimizer = getattr(torch.optim, name)(ddp.parameters(), lr=0.1, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        arc_topk.register(ddp, optimizer=optimizer, **fields)
+    return [f"{w.filename}: {w.message}" for w in caught if "arc_topk" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "settings", "words"),
+    [
+        ({"feedback": "ef21m"}, "AdamW", {}, "set feedback='ef14'"),
+        ({"feedback": "ef21"}, "RMSprop", {}, "feedback='ef21'"),
+        ({"feedback": "ef21m"}, "SGD", {"momentum": 0.9}, ""),
+        ({"feedback": "ef21m", "compressor": "top_k"}, "AdamW", {}, ""),
+        ({}, "AdamW", {"betas": (0.5, 0.99)}, ""),
+        ({}, "SGD", {}, ""),
+    ],
+)
+def test_settings_that_trials_found_harmful_are_told_once(
+    ranks: Ranks, fields: dict[str, Any], name: str, settings: dict[str, Any], words: str
+) -> None:
+    for texts in ranks.run(register_beside, fields, name, settings):
+        assert len(texts) == bool(words), texts
+        if words:
+            assert words in texts[0] and "docs/optimizers.md" in texts[0]
+            assert texts[0].startswith(__file__)  # the line that registers
+
+
 # --- several backwards an optimizer step ----------------------------------------------------------
 
 

@@ -89,7 +89,8 @@ double read_flag(DType type, const void* flags, int64_t i) {
       return read(float{});
     case DType::kBF16:
       return std::bit_cast<float>(uint32_t{read(uint16_t{})} << 16);
-    case DType::kU8:  // no flag travels in it
+    case DType::kU8:  // two bytes: kernels/directions.h
+      return at[1] != 0 ? std::numeric_limits<double>::infinity() : read(uint8_t{});
     case DType::kF16:
       break;
   }
@@ -120,7 +121,9 @@ void write_flag(DType type, void* flags, int64_t i, double value) {
       return write(static_cast<uint16_t>(infinite ? 0x7F80 : value != 0 ? 0x3F80 : 0));
     case DType::kF16:
       return write(static_cast<uint16_t>(infinite ? 0x7C00 : value != 0 ? 0x3C00 : 0));
-    case DType::kU8:  // no flag travels in it
+    case DType::kU8:
+      at[0] = static_cast<char>(infinite || value == 0 ? 0 : 1);
+      at[1] = static_cast<char>(infinite ? 1 : 0);
       return;
   }
 }

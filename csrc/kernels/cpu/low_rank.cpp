@@ -6,7 +6,7 @@
 #include <atomic>
 
 #include "kernels/cpu/underflow.h"
-#include "kernels/levels.h"
+#include "kernels/directions.h"
 #include "kernels/loss_scale.h"
 
 namespace arc_topk::cpu {
@@ -49,7 +49,7 @@ void CpuLowRank::prepare(const Bucket& b, uint64_t seed, uint64_t step) const {
   });
   for_compressed(b, [&](const Segment& s, int64_t i) {
     if (b.used[i]) steps_.forget(b, s);
-    if (sends_levels(b)) steps_.tell_norms(b, s);
+    if (sends_directions(b)) steps_.send_directions(b, s, b.used[i] != 0);
   });
   kernels_.write_flags(b);
 }

@@ -19,7 +19,7 @@ struct LowRankSteps {
   void (*receive)(const Bucket&, const Segment&);  // R and W
   void (*reclaim)(const Bucket&, const Segment&);
 
-  void (*tell_norms)(const Bucket&, const Segment&);  // of P_i's columns, behind them
+  void (*send_directions)(const Bucket&, const Segment&, bool used);  // of P_i, and norms
 
   // --- a piece: whole rows ---
   // X_i, stored if `store`, and its product with W. Returns whether every candidate was finite.

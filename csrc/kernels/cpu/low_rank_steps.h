@@ -3,10 +3,9 @@
 #pragma once
 
 #include "kernels/cpu/apply.h"
+#include "kernels/cpu/directions.h"
 #include "kernels/cpu/low_rank.h"
-#include "kernels/cpu/orthonormalise.h"
 #include "kernels/cpu/products.h"
-#include "kernels/factors.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
@@ -185,43 +184,14 @@ inline void settle(const Bucket& b, const Piece& p) {
   });
 }
 
-// --- on bytes: units
-// ------------------------------------------------------------------------------
-
-// Of a column of what lies in the first payload.
-template <class T>
-inline double squares_of(const Bucket& b, const Segment& s, int64_t c) {
-  return squares_of_column(static_cast<const T*>(b.first) + s.sketch + c, s.rows, s.kept);
-}
-
-// This rank's share of the mean norm of each column, behind P_i.
-inline void tell_norms(const Bucket& b, const Segment& s) {
-  with_work_type(b, [&]<class T>(T) {
-    for (int64_t c = 0; c < s.kept; ++c)
-      units_of<T>(b, s)[c] = static_cast<T>(std::sqrt(squares_of<T>(b, s, c)) / b.world_size);
-  });
-}
-
-// D of each column, in place of the mean norm.
-template <class T>
-inline void make_units(const Bucket& b, const Segment& s) {
-  const Levels<T> levels(b);
-  const double ranks = b.world_size;
-  for (int64_t c = 0; c < s.kept; ++c) {
-    T& unit = units_of<T>(b, s)[c];
-    const double squares = squares_of<T>(b, s, c) / (ranks * ranks);
-    unit = levels.column_unit(unit, squares, s.rows, s.cols);
-  }
-}
-
 // --- P^ and R
 // -------------------------------------------------------------------------------------
 
 inline void orthonormalise(const Bucket& b, const Segment& s) {
   with_work_type(b, [&]<class T>(T) {
+    if (sends_directions(b)) receive_directions<T>(b, s);
     orthonormalise(static_cast<const T*>(b.first) + s.sketch, s.rows, s.kept,
                    static_cast<double*>(b.scratch) + place_of(b, s).left, left_of<T>(b, s));
-    if (sends_levels(b)) make_units<T>(b, s);
   });
 }
 

@@ -4,18 +4,19 @@
 
 #include "kernels/cuda/columns.h"
 #include "kernels/cuda/message.h"
-#include "kernels/levels.h"
+#include "kernels/directions.h"
 
 namespace arc_topk::cuda {
 
-// Behind PrepareFactors: a column of P from its windows, one after the other, and for an uint8 wire
-// its norm; of R_i zeros, for the message holds all of the residual now; this rank's flags.
+// Behind PrepareFactors: a column of P from its windows, one after the other, and on an uint8 wire
+// its direction; of R_i zeros, for the message holds all of the residual now; this rank's flags.
 template <class T>
 struct FinishPrepare {
   static constexpr int kThreads = cuda::kThreads;
   using Shared = ColumnShared<T, kThreads>;
 
   Bucket b;
+  Levels<T> levels;
 
   template <class Block>
   ARC_TOPK_DEVICE void operator()(Block& block, Shared& shared) const {
@@ -36,19 +37,50 @@ struct FinishPrepare {
       T* right = right_of<T>(b, s) + c * stride;
       for (int64_t j = t; j < stride; j += kThreads) right[j] = T(0);
     });
-    if (sends_levels(b)) tell_norm(block, shared, s, c);
+    if (sends_directions(b)) send_direction(block, shared, s, c, used);
   }
 
  private:
-  // This rank's share of the mean.
+  // Nothing of what this rank has not used.
   template <class Block>
-  ARC_TOPK_DEVICE void tell_norm(Block& block, Shared& shared, const Segment& s, int64_t c) const {
+  ARC_TOPK_DEVICE void send_direction(Block& block, Shared& shared, const Segment& s, int64_t c,
+                                      bool used) const {
     block.sync();
+    const bool row = s.rows == 1;
     const T* p = static_cast<const T*>(b.first) + s.sketch + c;
-    const double squares = squares_of_column(block, shared, p, s.rows, s.kept);
+    double squares = 0;
+    if (used)
+      squares = row ? squares_of_row(block, shared, s)
+                    : squares_of_column(block, shared, p, s.rows, s.kept);
+    const T norm = norm_of<T>(squares);
     block.each([&](int t) {
-      if (t == 0) units_of<T>(b, s)[c] = static_cast<T>(std::sqrt(squares) / b.world_size);
+      if (t == 0) write_norms(norm, b.rank, b.world_size, norms_of(b, s, c));
     });
+    if (row) return;
+    const T inverse = inverse_of_direction(levels, norm, s.rows);
+    uint8_t* to = directions_of(b, s, c);
+    block.each([&](int t) {
+      for (int64_t i = t; i < s.rows; i += kThreads)
+        to[i] = byte_of_direction(levels, p[i * s.kept], inverse);
+    });
+  }
+
+  // Of the message of a matrix of one row, which this rank has used.
+  template <class Block>
+  ARC_TOPK_DEVICE double squares_of_row(Block& block, Shared& shared, const Segment& s) const {
+    const Array<AnyType> message = remembers(b) ? Array<AnyType>(b.own_a, b.state_type)
+                                                : Array<AnyType>(b.gradient, b.gradient_type);
+    const T unscale = remembers(b) ? T(1) : LossScale<T>(b).down;
+    return sum_of_column(block, shared, s.cols,
+                         [&]<int kHas>(int64_t i, Many<kHas>, double(&x)[kHas]) {
+                           ARC_TOPK_UNROLL
+                           for (int j = 0; j < kHas; ++j) {
+                             T one[1];
+                             message.load(Run{s.offset + i + 32 * j, 0, 1}, one);
+                             x[j] = static_cast<double>(one[0] * unscale);
+                             x[j] = x[j] * x[j];
+                           }
+                         });
   }
 
   ARC_TOPK_DEVICE void add_windows(const Segment& s, int64_t c, int t) const {
@@ -99,17 +131,16 @@ struct Send {
   }
 
  private:
-  // The mean norm becomes D, for Receive as well.
+  // D, for Receive as well.
   template <class Block>
   ARC_TOPK_DEVICE T make_unit(Block& block, Shared& shared, const Segment& s, int64_t c) const {
-    T* units = units_of<T>(b, s);
-    const T norm = units[c];
+    const Norms norms = read_norms<T>(norms_of(b, s, c), b.world_size);
     const T* p = static_cast<const T*>(b.first) + s.sketch + c;
-    const double ranks = b.world_size;
-    const double squares = squares_of_column(block, shared, p, s.rows, s.kept) / (ranks * ranks);
-    const T unit = levels.column_unit(norm, squares, s.rows, s.cols);
+    const double squares = squares_of_column(block, shared, p, s.rows, s.kept);
+    const T unit = s.rows == 1 ? unit_of_row(levels, norms, s.cols)
+                               : unit_of_column(levels, norms, squares, s.rows, s.cols);
     block.each([&](int t) {
-      if (t == 0) units[c] = unit;
+      if (t == 0) units_of<T>(b, s)[c] = unit;
     });
     return unit;
   }

@@ -30,14 +30,14 @@ class LowRankSteps final : public LowRankKernels {
           launch(b, "prepare_factors", PrepareFactors<G, AnyType, T>{b}, bands_of(b));
         }
       });
-      launch(b, "finish_prepare", FinishPrepare<T>{b}, columns_of(b));
+      launch(b, "finish_prepare", FinishPrepare<T>{b, Levels<T>(b)}, columns_of(b));
     });
   }
 
   void orthonormalise(const Bucket& b) const override {
     with_work_type(b, [&]<class T>(T) {
       if (remembers(b)) launch(b, "settle", Settle<T>{b, SettleMode::kCommit}, bands_of(b));
-      launch(b, "orthonormalise", Orthonormalise<T>{b}, b.num_segments);
+      launch(b, "orthonormalise", Orthonormalise<T>{b, Levels<T>(b)}, b.num_segments);
     });
   }
 

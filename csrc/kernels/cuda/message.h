@@ -105,6 +105,12 @@ ARC_TOPK_DEVICE void undo(const Feedback& feedback, const Array<S>& state,
 // --- flags ---------------------------------------------------------------------------------------
 
 ARC_TOPK_DEVICE void write_flag(const Bucket& b, int64_t i, bool used, bool bad) {
+  if (b.flag_type == DType::kU8) {  // two bytes: kernels/directions.h
+    auto* bytes = static_cast<uint8_t*>(b.flags) + i;
+    bytes[0] = used && !bad ? 1 : 0;
+    bytes[1] = bad ? 1 : 0;
+    return;
+  }
   with_type(b.flag_type, [&]<class S>(S) {
     const float value = bad ? numbers::float_of(0x7F800000u) : used ? 1.0f : 0.0f;
     static_cast<S*>(b.flags)[i] = narrow_to<S>(value);
@@ -113,6 +119,12 @@ ARC_TOPK_DEVICE void write_flag(const Bucket& b, int64_t i, bool used, bool bad)
 
 // What the flags of a segment say, summed by an all-reduce or, if `gathered` is given, here.
 ARC_TOPK_DEVICE Outcome read_outcome(const Bucket& b, const Segment& s, const Gathered* gathered) {
+  if (b.flag_type == DType::kU8) {
+    const auto* bytes = static_cast<const uint8_t*>(b.flags) + s.flag;
+    return bytes[1] != 0   ? Outcome::kNonFinite
+           : bytes[0] == 0 ? Outcome::kUnused
+                           : Outcome::kNormal;
+  }
   const int64_t copies = gathered != nullptr ? b.world_size : 1;
   const char* flags = static_cast<const char*>(b.flags);
   if (gathered != nullptr) {

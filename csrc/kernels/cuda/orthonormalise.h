@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/columns.h"
 #include "kernels/cuda/message.h"
+#include "kernels/directions.h"
 
 namespace arc_topk::cuda {
 
@@ -18,6 +19,7 @@ struct Orthonormalise {
   using Shared = ColumnShared<T, kThreads>;
 
   Bucket b;
+  Levels<T> levels;
 
   template <class Block>
   ARC_TOPK_DEVICE void operator()(Block& block, Shared& shared) const {
@@ -54,11 +56,20 @@ struct Orthonormalise {
     });
   }
 
-  // A column of P, scaled to about 1: one that has overflowed becomes zero.
+  // A column of P, on an uint8 wire from the sums of directions, scaled to about 1: one that has
+  // overflowed becomes zero.
   template <class Block>
   ARC_TOPK_DEVICE void take_column(Block& block, Shared& shared, const Segment& s, int64_t c,
                                    double* a) const {
-    const T* p = static_cast<const T*>(b.first) + s.sketch + c;
+    T* p = static_cast<T*>(b.first) + s.sketch + c;
+    if (sends_directions(b)) {
+      const uint8_t* sums = directions_of(b, s, c);
+      block.each([&](int t) {
+        for_own<kThreads>(s.rows, t, [&](int64_t i) {
+          p[i * s.kept] = s.rows == 1 ? T(1) : levels.mean_level(static_cast<T>(sums[i]));
+        });
+      });
+    }
     const double scale =
         scale_of_column<T>(block, shared, s.rows, [&](int64_t i) { return p[i * s.kept]; });
     block.each([&](int t) {
