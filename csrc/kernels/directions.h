@@ -28,7 +28,7 @@ constexpr int64_t direction_rows(int64_t rows) { return rows == 1 ? 0 : rows; }
 
 ARC_TOPK_HD bool sends_directions(const Bucket& b) { return b.directions != nullptr; }
 
-// Column c of the directions, of what lies at `payload`.
+// Column c of the directions.
 ARC_TOPK_HD uint8_t* directions_of(const Bucket& b, const Segment& s, int64_t c) {
   return b.directions + place_of(b, s).bytes + c * direction_rows(s.rows);
 }
