@@ -40,11 +40,24 @@ class Rule:
 RULES = (
     Rule(
         lambda config, its: (
-            its.adaptive and config.feedback in ("ef21", "ef21m") and config.compressor != "top_k"
+            its.adaptive
+            and config.feedback in ("ef21", "ef21m")
+            and config.compressor == "arc_topk"
         ),
-        "the optimizer divides by a running mean of squares, as Adam does, beside feedback="
-        "'{config.feedback}': a language model ended at a loss of 2.28 with EF21M and 1.80 with "
-        "EF14, each at its best settings; set feedback='ef14'",
+        "the optimizer divides by a running mean of squares, as Adam does, beside "
+        "compressor='arc_topk' with feedback='{config.feedback}': a language model ended at a loss "
+        "of 2.28 with EF21M and 1.80 with EF14, each at its best settings; set feedback='ef14'",
+    ),
+    Rule(
+        lambda config, its: (
+            its.adaptive
+            and its.momentum >= 0.9
+            and config.feedback == "ef14"
+            and config.compressor == "arc_topk"
+        ),
+        "beta1 is 0.9 or more beside compressor='arc_topk' with feedback='ef14', which delays too: "
+        "a language model ended at a loss of 2.44 with beta1 of 0.9 and 1.86 with 0.5; set beta1 "
+        "to 0.5 or less",
     ),
 )
 

@@ -329,7 +329,9 @@ def register_beside(
         ({"feedback": "ef21"}, "RMSprop", {}, "feedback='ef21'"),
         ({"feedback": "ef21m"}, "SGD", {"momentum": 0.9}, ""),
         ({"feedback": "ef21m", "compressor": "top_k"}, "AdamW", {}, ""),
+        ({}, "Adam", {}, "set beta1 to 0.5"),
         ({}, "AdamW", {"betas": (0.5, 0.99)}, ""),
+        ({"compressor": "low_rank"}, "AdamW", {}, ""),
         ({}, "SGD", {}, ""),
     ],
 )
