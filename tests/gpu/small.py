@@ -13,14 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 import arc_topk
 
 
-def steps(compressor: str, feedback: str, dtype: torch.dtype) -> None:
+def steps(
+    compressor: str, feedback: str, dtype: torch.dtype, wire: torch.dtype | None = None
+) -> None:
     """Four steps of a model of odd sizes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(33, 70), nn.Linear(70, 257), nn.Linear(257, 5)).to(
         "cuda", dtype
     )
     ddp = DistributedDataParallel(model, device_ids=[0])
-    arc_topk.register(ddp, compressor=compressor, feedback=feedback, ratio=0.2)
+    arc_topk.register(ddp, compressor=compressor, feedback=feedback, ratio=0.2, wire_dtype=wire)
     for _ in range(4):
         ddp(torch.randn(8, 33, device="cuda", dtype=dtype)).square().sum().backward()
     torch.cuda.synchronize()
@@ -34,6 +36,9 @@ def main() -> None:
             steps("arc_topk", feedback, torch.float32)
         for compressor in ("rand_k", "top_k"):
             steps(compressor, "ef14", torch.bfloat16)
+        for compressor in ("arc_topk", "low_rank"):
+            steps(compressor, "ef14", torch.float32, torch.uint8)
+        steps("low_rank", "ef14", torch.float32)
         gc.collect()  # DDP may not outlive its group
         dist.destroy_process_group()
 
