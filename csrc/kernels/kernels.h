@@ -61,8 +61,9 @@ constexpr int64_t kMostRows = 0xFFFFFFFF;  // and columns that a piece can name
 
 // How a device wants its pieces.
 struct Grain {
-  int64_t numel;     // elements of a piece, about
-  bool splits_rows;  // rows of more than that go into several pieces
+  int64_t numel;      // elements of a piece, about
+  bool splits_rows;   // rows of more than that go into several pieces
+  int64_t tile_cols;  // columns of a tile
 };
 
 // What became of a compressed tensor in this step, the same on all ranks (read off the summed

@@ -30,17 +30,17 @@ std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain g
   return pieces;
 }
 
-std::vector<Piece> cut_into_tiles(const std::vector<Segment>& segments) {
+std::vector<Piece> cut_into_tiles(const std::vector<Segment>& segments, Grain grain) {
   std::vector<Piece> tiles;
   for (size_t i = 0; i < segments.size(); ++i) {
     const Segment& s = segments[i];
     if (!s.compressed()) continue;
     for (int64_t row = 0; row < s.rows; row += kStripRows) {
-      for (int64_t col = 0; col < s.cols; col += kWindowCols) {
+      for (int64_t col = 0; col < s.cols; col += grain.tile_cols) {
         tiles.push_back({static_cast<uint32_t>(i), static_cast<uint32_t>(row),
                          static_cast<uint32_t>(std::min(row + kStripRows, s.rows)),
                          static_cast<uint32_t>(col),
-                         static_cast<uint32_t>(std::min(col + kWindowCols, s.cols))});
+                         static_cast<uint32_t>(std::min(col + grain.tile_cols, s.cols))});
       }
     }
   }

@@ -88,8 +88,8 @@ struct Plan {
 };
 // The work on these segments in pieces as a device wants them.
 std::vector<Piece> cut_into_pieces(const std::vector<Segment>& segments, Grain grain);
-// The compressed ones in tiles: kWindowCols columns of kStripRows rows, each an own sum.
-std::vector<Piece> cut_into_tiles(const std::vector<Segment>& segments);
+// The compressed ones in tiles: the grain's columns of kStripRows rows, each an own sum.
+std::vector<Piece> cut_into_tiles(const std::vector<Segment>& segments, Grain grain);
 bool splits_rows(const std::vector<Piece>& pieces, const std::vector<Segment>& segments);
 
 }  // namespace arc_topk

@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/reciprocal.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
@@ -11,13 +10,16 @@
 #include <utility>
 
 #include "compress/make_plan.h"
+#include "state/huge_pages.h"
 
 namespace arc_topk {
 namespace {
 
 at::Tensor uninitialised(int64_t numel, at::ScalarType type, c10::Device device) {
-  return numel == 0 ? at::Tensor()
-                    : at::empty({numel}, at::TensorOptions().dtype(type).device(device));
+  if (numel == 0) return {};
+  at::Tensor memory = at::empty({numel}, at::TensorOptions().dtype(type).device(device));
+  if (device.is_cpu()) ask_for_huge_pages(memory.mutable_data_ptr(), memory.nbytes());
+  return memory;
 }
 
 void* data_of(const at::Tensor& tensor) {
@@ -28,7 +30,9 @@ void* data_of(const std::vector<at::Tensor>& one) {
 }
 
 at::Tensor zeros(int64_t numel, at::ScalarType type, c10::Device device) {
-  return at::zeros({numel}, at::TensorOptions().dtype(type).device(device));
+  const at::Tensor memory = uninitialised(numel, type, device);
+  return memory.defined() ? memory.zero_()
+                          : at::empty({0}, at::TensorOptions().dtype(type).device(device));
 }
 
 // A vector of one tensor, or none.
@@ -66,7 +70,7 @@ void allocate_factors(BucketState& s, c10::Device device) {
   if (s.own_a.defined()) s.right = zeros(plan.num_right, work, device);
   s.basis = zeros(plan.num_right, at::kFloat, device);
   s.partial = zeros(plan.num_partial, work, device);
-  s.tiles = cut_into_tiles(plan.segments);
+  s.tiles = cut_into_tiles(plan.segments, s.backend.kernels->grain());
   int64_t most_columns = 0;
   for (const Segment& segment : plan.segments) most_columns = std::max(most_columns, segment.kept);
   s.bucket.factors = {data_of(s.left),
@@ -243,7 +247,7 @@ void BucketState::take_scale(const at::Tensor& scale) {
   }
   if (bucket.loss_scale == nullptr) {
     for (Scale& its : scales) {
-      its.both = at::zeros({2}, at::TensorOptions(at::kDouble).device(device));
+      its.both = zeros(2, at::kDouble, device);
       its.up = its.both.select(0, 0);
       its.down = its.both.select(0, 1);
     }

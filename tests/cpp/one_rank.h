@@ -96,6 +96,8 @@ class OneRank {
     kernels_.multiply_back(state_->bucket);
     kernels_.apply(state_->bucket);
   }
+  // Kernels then take it for a bucket that no cache holds.
+  void claim_to_be_large() { state_->bucket.numel = int64_t{1} << 40; }
   void settle() { kernels_.settle(state_->bucket); }
   void take_scale(double scale) { state_->take_scale(at::scalar_tensor(scale, at::kDouble)); }
   void reclaim() { kernels_.reclaim(state_->bucket); }

@@ -240,7 +240,7 @@ class DeviceBucket {
     b.withheld = array("withheld", b.num_segments * size_of(b.state_type));
     b.is_withheld = static_cast<uint8_t*>(zeros("is_withheld", b.num_segments));
     b.energy = static_cast<Energy*>(zeros("energy", sizeof(Energy)));
-    if (factorises) put_factors();
+    if (factorises) put_factors(kernels);
     b.scratch = zeros("scratch", kernels.scratch_bytes(b));
     if (b.loss_scale == nullptr) return;
     b.loss_scale = put("loss scale", b.loss_scale, 2);
@@ -293,7 +293,7 @@ class DeviceBucket {
   }
 
   // As bucket_state.cpp has them, all of them zero.
-  void put_factors() {
+  void put_factors(const Kernels& kernels) {
     int64_t left = 0, right = 0, partial = 0, bytes = 0;
     for (const Segment& s : host.segments) bytes += s.compressed() ? 2 : 0;  // flags
     Factors& f = b.factors;
@@ -310,7 +310,7 @@ class DeviceBucket {
       f.most_columns = std::max(f.most_columns, s.kept);
     }
     const int64_t size = size_of(work_type(b.gradient_type));
-    tiles_ = cut_into_tiles(host.segments);
+    tiles_ = cut_into_tiles(host.segments, kernels.grain());
     f.left = zeros("left factors", left * size);
     if (b.own_a != nullptr) f.right = zeros("right factors", right * size);
     f.basis = static_cast<float*>(zeros("basis", right * 4));

@@ -161,6 +161,44 @@ TEST(CpuApply, AveragesGatheredMessages) {
   });
 }
 
+// A bucket that no cache holds is written past the caches: here one that only claims to be large.
+TEST(CpuApply, PastTheCachesTheGradientIsTheSame) {
+  for_everything([](const cpu::CpuKernels& kernels, BucketInMemory& small) {
+    BucketInMemory large(small.spec);
+    for (BucketInMemory* x : {&small, &large}) {
+      mark_some(*x);
+      x->pick_at_random();
+    }
+    large.b.numel = int64_t{1} << 40;
+    for (BucketInMemory* x : {&small, &large}) {
+      kernels.apply_reduced(x->b);
+      if (x->b.shared != nullptr) kernels.publish(x->b);
+    }
+    EXPECT_EQ(large.contents(), small.contents());
+  });
+}
+
+// Rows around a run that is worth it, and around lines, at every offset from one.
+TEST(CpuApply, PastTheCachesEveryRowIsWhereItBelongs) {
+  for (const cpu::Rows* table : all_tables()) {
+    const cpu::CpuKernels& kernels = cpu::kernels_with(*table);
+    for (const int64_t cols : {1, 15, 16, 127, 128, 129, 1024, 1025, 2500}) {
+      for (int64_t shift = 0; shift < 16; ++shift) {
+        BucketSpec spec;
+        spec.tensors = {{shift}, {7 * cols, cols, 3}, {5 * cols - (cols > 1), cols, 5}, {3}};
+        BucketInMemory small(spec), large(spec);
+        large.b.numel = int64_t{1} << 40;
+        for (BucketInMemory* x : {&small, &large}) {
+          std::fill_n(x->b.outcome, x->b.num_segments, Outcome::kNormal);
+          x->pick_at_random();
+          kernels.apply_reduced(x->b);
+        }
+        ASSERT_EQ(large.contents(), small.contents()) << cols << " columns, shift " << shift;
+      }
+    }
+  }
+}
+
 // Where all is normal only whoever wants the result in the bucket has it copied there.
 TEST(CpuApply, PublishesIntoTheGradientWhereThatIsWanted) {
   for_everything([](const cpu::CpuKernels& kernels, BucketInMemory& x) {

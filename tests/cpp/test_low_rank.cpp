@@ -20,6 +20,7 @@ using ::arc_topk::testing::OneRank;
 using ::arc_topk::testing::random_gradient;
 using ::arc_topk::testing::same_bits;
 using ::arc_topk::testing::Setting;
+using ::arc_topk::testing::Sizes;
 
 void expect_same(const OneRank& a, const OneRank& b, const std::string& where) {
   const auto x = a.everything(), y = b.everything();
@@ -61,6 +62,26 @@ TEST(LowRank, TheNumberOfThreadsChangesNoBit) {
     }
     at::set_num_threads(before);
     expect_same(one, three, "threads");
+  }
+}
+
+TEST(LowRank, AGradientWrittenPastTheCachesIsTheSame) {
+  const Sizes whole_registers = {{10, 64}, {7, 512}, {6, 1040}};
+  for (Setting setting : kSettings) {
+    for (const Sizes& shapes : {::arc_topk::testing::kShapes, whole_registers}) {
+      setting.shapes = shapes;
+      for (const cpu::Rows* table : all_tables()) {
+        const LowRankKernels& kernels = *cpu::kernels_with(*table).low_rank();
+        OneRank small(setting, kernels), large(setting, kernels);
+        large.claim_to_be_large();
+        for (uint64_t number = 0; number < 2; ++number) {
+          const at::Tensor g = random_gradient(small.result().numel(), number);
+          small.step(g, number);
+          large.step(g, number);
+          expect_same(large, small, table->isa);
+        }
+      }
+    }
   }
 }
 

@@ -93,7 +93,7 @@ TEST(Plan, PiecesCoverEveryElementOnce) {
   Config config;
   const Plan plan = plan_of(config, {matrix(50000, 64), matrix(3, 100000), matrix(4, 100001),
                                      matrix(100, 8193), vector(100001), vector(0)});
-  for (const Grain grain : {Grain{32768, false}, Grain{8192, true}}) {
+  for (const Grain grain : {Grain{32768, false, 1024}, Grain{8192, true, 512}}) {
     std::vector<int64_t> next(plan.segments.size(), 0);  // first element not covered yet
     for (const Piece& piece : cut_into_pieces(plan.segments, grain)) {
       const Segment& s = plan.segments[piece.segment];

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cpu/pack.h"
+#include "kernels/cpu/streamed.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
@@ -43,24 +44,42 @@ inline void add_to_estimate(const T* mean, int64_t n, T* h) {
 // --- compressed, reduced
 // ----------------------------------------------------------------------------
 
-// Zeros up to and between the picked rows, one stretch after the other.
-class Gaps {
+// The gradient from its picked rows: they, and zeros before, between and behind them.
+class PickedAndZeros {
  public:
-  Gaps(const Bucket& b, const Piece& p)
-      : b_(b), at_(range_of(b, p).begin), end_(range_of(b, p).end) {}
+  PickedAndZeros(const Bucket& b, const Piece& p)
+      : b_(b),
+        gradient_(b),
+        by_row_(gradient_.past_caches() &&
+                segment_of(b, p).cols * size_of(b.gradient_type) >= kStreamedRun),
+        at_(range_of(b, p).begin),
+        end_(range_of(b, p).end) {}
 
-  // Before x is scattered. A single stretch is not zeroed itself: it will be written in any case.
-  void zero_until(const Stretches& x) {
-    // Parts of a long row may lie beyond the end of the tensor that cuts it short.
-    const int64_t first = std::min(x.start(0), end_);
-    const int64_t behind = std::min(x.start(x.count - 1), end_) + x.valid(x.count - 1);
-    fill_zero(b_.gradient, b_.gradient_type, {at_, x.count == 1 ? first : behind});
+  // The next ones. Zeros below short rows cost less than to stop for each of them.
+  template <class T>
+  void put(const T* mean, const Stretches& x) {
+    const int64_t behind = start(x, x.count - 1) + x.valid(x.count - 1);
+    if (by_row_ || x.count == 1) {
+      for (int64_t k = 0; k < x.count; ++k) {
+        gradient_.zero(at_, start(x, k));
+        gradient_.put(mean + k * x.length, start(x, k), x.valid(k));
+        at_ = start(x, k) + x.valid(k);
+      }
+    } else {
+      fill_zero(b_.gradient, b_.gradient_type, {at_, behind});
+      scatter(mean, b_.gradient, b_.gradient_type, x);
+    }
     at_ = behind;
   }
-  void zero_rest() { fill_zero(b_.gradient, b_.gradient_type, {at_, end_}); }
+  void put_rest() const { gradient_.zero(at_, end_); }
 
  private:
+  // Parts of a long row may lie beyond the end of the tensor that cuts it short.
+  int64_t start(const Stretches& x, int64_t k) const { return std::min(x.start(k), end_); }
+
   const Bucket& b_;
+  const Delivery gradient_;
+  const bool by_row_;
   int64_t at_;
   const int64_t end_;
 };
@@ -77,7 +96,7 @@ inline double apply(const Bucket& b, const Piece& p) {
     const T factor = mean_factor<T>(b);
     Buffers<T> buffers;
     SumOfSquares<T> squares;
-    Gaps gaps(b, p);
+    PickedAndZeros gradient(b, p);
     for_picked(b, p, [&](const Stretches& picked, int64_t at) {
       const int64_t n = picked.numel();
       T* mean = buffers.x;
@@ -93,12 +112,11 @@ inline double apply(const Bucket& b, const Piece& p) {
         add_to_estimate(mean, n, h);
         scatter(h, b.shared, b.state_type, picked);
       } else {
-        gaps.zero_until(picked);
         scale_up(b, mean, n);
-        scatter(mean, b.gradient, b.gradient_type, picked);
+        gradient.put(mean, picked);
       }
     });
-    if (!shared) gaps.zero_rest();
+    if (!shared) gradient.put_rest();
     return squares.value();
   });
 }
@@ -137,6 +155,7 @@ inline double apply_gathered(const Bucket& b, const Piece& p, const void* messag
     SumOfSquares<T> squares;
     const Segment& s = segment_of(b, p);
     const bool shared = shares_estimate(b.feedback);
+    const Delivery gradient(b);
     const T scale = static_cast<T>(scale_of_sum(b.world_size));
     const T factor = mean_factor<T>(b) / scale;
     const int64_t picks_at = distance(message, b.picks + s.pick);
@@ -155,7 +174,7 @@ inline double apply_gathered(const Bucket& b, const Piece& p, const void* messag
         T* mean = sum + (row - begin);
         if (!shared) {
           scale_up(b, mean, n);
-          return store(mean, b.gradient, b.gradient_type, s.offset + row, n);
+          return gradient.put(mean, s.offset + row, n);
         }
         T* h = load(b.shared, b.state_type, s.offset + row, n, buffers.a);
         add_to_estimate(mean, n, h);
@@ -236,11 +255,12 @@ inline void apply_dense(const Bucket& b, const Piece& p, int64_t shift, int64_t 
   with_work_type(b, [&]<class T>(T) {
     const T eta = static_cast<T>(b.eta);
     const T keep = static_cast<T>(1 - b.eta);
+    const Delivery gradient(b);
     Buffers<T> buffers;
     for_chunks(range_of(b, p), [&](int64_t i, int64_t n) {
       T* mean = buffers.x;
       average(b, segment_of(b, p), {shift, copies, stride}, i, n, mean);
-      if (!shared) return store(mean, b.gradient, b.gradient_type, i, n);
+      if (!shared) return gradient.put(mean, i, n);
       if (has_momentum(b.feedback)) {
         const T* h = load(b.shared, b.state_type, i, n, buffers.a);
         for (int64_t j = 0; j < n; ++j) mean[j] = keep * h[j] + eta * mean[j];
@@ -260,6 +280,7 @@ inline void publish(const Bucket& b, const Piece& p) {
   if (b.outcome[p.segment] == Outcome::kUnused)
     return fill_zero(b.gradient, b.gradient_type, range);
   with_work_type(b, [&]<class T>(T) {
+    const Delivery gradient(b);
     alignas(64) T buffer[kChunk];
     for_chunks(range, [&](int64_t i, int64_t n) {
       const T* h = load(b.shared, b.state_type, i, n, buffer);
@@ -268,7 +289,7 @@ inline void publish(const Bucket& b, const Piece& p) {
         scale_up(b, buffer, n);
         h = buffer;
       }
-      store(h, b.gradient, b.gradient_type, i, n);
+      gradient.put(h, i, n);
     });
   });
 }

@@ -139,7 +139,7 @@ const LowRankKernels* CpuKernels::low_rank() const { return low_rank_.get(); }
 
 // Long enough to hide the cost of handing a piece out, short enough that every thread gets some of
 // every bucket and a piece's arrays stay in the L2 cache. A row is one thread's.
-Grain CpuKernels::grain() const { return {32768, false}; }
+Grain CpuKernels::grain() const { return {32768, false, 2 * kWindowCols}; }
 
 int64_t CpuKernels::scratch_bytes(const Bucket& b) const {
   if (b.factors.left_numel > 0) return b.factors.left_numel * size_of(DType::kF64);

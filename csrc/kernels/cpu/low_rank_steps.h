@@ -122,7 +122,11 @@ inline bool prepare_window(const Bucket& b, const Segment& s, const Window& w, b
   T* c[kBlockRows];
   for (int i = 0; i < kBlockRows; ++i) c[i] = blocks.c[i];
   if (remembers(b)) {
-    combine(left_of<T>(b, s) + w.row * k, k, right_of<T>(b, s) + w.col, stride, w.rows, w.cols, c);
+    ReadNext<T> next;
+    if (b.gradient_type == kTypeOf<T> && b.state_type == kTypeOf<T>)
+      next = {static_cast<T*>(b.gradient) + w.at, static_cast<T*>(b.own_a) + w.at, s.cols};
+    combine(left_of<T>(b, s) + w.row * k, k, right_of<T>(b, s) + w.col, stride, w.rows, w.cols, c,
+            next);
   }
   bool finite = true;
   for (int64_t i = 0; i < w.rows; ++i) {
@@ -146,7 +150,11 @@ inline bool prepare_window(const Bucket& b, const Segment& s, const Window& w, b
     }
   }
   T* p = static_cast<T*>(b.first) + s.sketch + w.row * k;
-  project_rows(x, w.rows, w.cols, basis_of(b, s) + w.col, stride, w.col == 0, k, p);
+  for (int64_t col = 0; col < w.cols; col += kWindowCols) {
+    const int64_t n = std::min(kWindowCols, w.cols - col);
+    project_rows(x, w.rows, n, basis_of(b, s) + w.col + col, stride, w.col + col == 0, k, p);
+    for (int64_t i = 0; i < w.rows; ++i) x[i] += n;
+  }
   return finite;
 }
 
@@ -204,6 +212,9 @@ inline void multiply_back(const Bucket& b, const Piece& tile) {
       std::fill_n(sums + c * stride, tile.col_end - tile.col_begin, T(0));
     Blocks<T> blocks;
     const T* x[kTallRows];
+    const int64_t size = size_of(remembers(b) ? b.state_type : b.gradient_type);
+    // Another type is converted first, and then lies in a buffer.
+    const int64_t ahead = size == sizeof(T) ? kTallRows * s.cols * size : 0;
     for_windows(s, tile, kTallRows, [&](const Window& w) {
       for (int64_t i = 0; i < w.rows; ++i) {
         const int64_t n = w.valid(i);
@@ -215,7 +226,7 @@ inline void multiply_back(const Bucket& b, const Piece& tile) {
         x[i] = padded<T>(message, n, w.cols, buffer);
       }
       gather_rows(x, w.rows, w.cols, left_of<T>(b, s) + w.row * s.kept, s.kept,
-                  sums + (w.col - tile.col_begin), stride);
+                  sums + (w.col - tile.col_begin), stride, ahead);
     });
   });
 }
@@ -312,20 +323,31 @@ inline void apply_factors(const Bucket& b, const Piece& p, Outcome outcome) {
   if (outcome != Outcome::kNormal) return fill_empty(b, outcome, range_of(b, p));
   with_work_type(b, [&]<class T>(T) {
     const Segment& s = segment_of(b, p);
-    const bool in_place = b.gradient_type == kTypeOf<T> && b.loss_scale == nullptr;
+    const Delivery gradient(b);
+    const bool is_result = b.gradient_type == kTypeOf<T> && b.loss_scale == nullptr;
     Blocks<T> blocks;
     T* c[kBlockRows];
     for_windows(s, p, kBlockRows, [&](const Window& w) {
-      for (int64_t i = 0; i < w.rows; ++i) {
-        const bool whole = w.valid(i) == w.cols;
-        c[i] = in_place && whole ? static_cast<T*>(b.gradient) + w.start(i) : blocks.c[i];
+      const bool whole = w.valid(w.rows - 1) == w.cols;
+      const bool in_place =
+          is_result && whole &&
+          (!gradient.past_caches() || (gradient.takes_registers(w.at, w.stride, kRegisterBytes) &&
+                                       w.cols % kRegisterWidth<T> == 0));
+      for (int64_t i = 0; i < w.rows; ++i)
+        c[i] = in_place ? static_cast<T*>(b.gradient) + w.start(i) : blocks.c[i];
+      const T* left = left_of<T>(b, s) + w.row * s.kept;
+      const T* right = partial_of<T>(b, s, 0) + w.col;
+      const int64_t stride = factor_stride(s.cols);
+      if (in_place && gradient.past_caches()) {
+        combine<Put::kPastCaches>(left, s.kept, right, stride, w.rows, w.cols, c);
+      } else {
+        combine(left, s.kept, right, stride, w.rows, w.cols, c);
       }
-      combine(left_of<T>(b, s) + w.row * s.kept, s.kept, partial_of<T>(b, s, 0) + w.col,
-              factor_stride(s.cols), w.rows, w.cols, c);
+      if (in_place) return;
       for (int64_t i = 0; i < w.rows; ++i) {
         const int64_t n = w.valid(i);
-        if (c[i] == blocks.c[i]) scale_up(b, c[i], n);
-        store(c[i], b.gradient, b.gradient_type, w.start(i), n);
+        scale_up(b, c[i], n);
+        gradient.put(c[i], w.start(i), n);
       }
     });
   });

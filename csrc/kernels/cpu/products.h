@@ -11,14 +11,16 @@
 #include <algorithm>
 
 #include "kernels/cpu/lanes.h"
+#include "kernels/cpu/streamed.h"
 #include "kernels/kernels.h"
 
 namespace arc_topk::cpu::ARC_TOPK_ISA {
 
 // Rows and columns of a matrix that are worked on at a time: a few arrays of that size, and as many
-// elements of some columns of W and R, lie in the L1 cache.
+// elements of some columns of W and R, lie in the nearest caches. Most rows are no longer, and
+// rows read whole are one stream from memory.
 constexpr int64_t kBlockRows = 4;
-constexpr int64_t kBlockCols = kWindowCols;
+constexpr int64_t kBlockCols = 2 * kWindowCols;
 
 template <class T>
 using Register = typename Wide<T, kRegisterBytes>::Register;
@@ -37,12 +39,36 @@ template <class T>
 // --- C = P^ R^T
 // -----------------------------------------------------------------------------------
 
+enum class Put { kInCaches, kPastCaches };
+
+// Rows of two arrays that are read right behind, at the same places, `stride` elements apart; they
+// come while products are formed. Null: none.
+template <class T>
+struct ReadNext {
+  const T* a = nullptr;
+  const T* b = nullptr;
+  int64_t stride = 0;
+
+  [[gnu::always_inline]] void fetch(int64_t row, int64_t j) const {
+    if (a == nullptr) return;
+    const int64_t bytes = (row * stride + j) * static_cast<int64_t>(sizeof(T));
+    prefetch(a, bytes);
+    prefetch(b, bytes);
+  }
+};
+
 // Two registers of each row: enough sums side by side to hide how long an addition takes.
-template <int kRows, int kRegisters, class T>
+template <int kRows, int kRegisters, Put kPut, class T>
 [[gnu::always_inline]] inline void combine_registers(const T* left, int64_t k, const T* right,
-                                                     int64_t stride, int64_t j, T* const* out) {
+                                                     int64_t stride, int64_t j, T* const* out,
+                                                     const ReadNext<T>& next) {
   constexpr int64_t kWidth = kRegisterWidth<T>;
   Register<T> sum[kRows][kRegisters] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int q = 0; q < kRegisters; ++q) next.fetch(i, j + q * kWidth);
+  }
   for (int64_t c = 0; c < k; ++c) {
     Register<T> r[kRegisters];
 #pragma GCC unroll 2
@@ -56,18 +82,22 @@ template <int kRows, int kRegisters, class T>
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int q = 0; q < kRegisters; ++q) store_register<T>(sum[i][q], out[i] + j + q * kWidth);
+    for (int q = 0; q < kRegisters; ++q) {
+      T* to = out[i] + j + q * kWidth;
+      kPut == Put::kPastCaches ? stream_register(sum[i][q], to) : store_register<T>(sum[i][q], to);
+    }
   }
 }
 
-template <int kRows, class T>
+template <int kRows, Put kPut, class T>
 inline void combine_rows(const T* left, int64_t k, const T* right, int64_t stride, int64_t n,
-                         T* const* out) {
+                         T* const* out, const ReadNext<T>& next) {
   constexpr int64_t kWidth = kRegisterWidth<T>;
   int64_t j = 0;
   for (; j + 2 * kWidth <= n; j += 2 * kWidth)
-    combine_registers<kRows, 2>(left, k, right, stride, j, out);
-  for (; j + kWidth <= n; j += kWidth) combine_registers<kRows, 1>(left, k, right, stride, j, out);
+    combine_registers<kRows, 2, kPut>(left, k, right, stride, j, out, next);
+  for (; j + kWidth <= n; j += kWidth)
+    combine_registers<kRows, 1, kPut>(left, k, right, stride, j, out, next);
   for (; j < n; ++j) {
     for (int i = 0; i < kRows; ++i) {
       T sum = 0;
@@ -77,12 +107,15 @@ inline void combine_rows(const T* left, int64_t k, const T* right, int64_t strid
   }
 }
 
-// out[i][j] = sum over c of left[i][c] right[c][j], for `rows` <= kBlockRows rows, n columns.
-template <class T>
+// out[i][j] = sum over c of left[i][c] right[c][j], for `rows` <= kBlockRows rows, n columns. Past
+// the caches: n is whole registers, and out aligned to them.
+template <Put kPut = Put::kInCaches, class T>
 inline void combine(const T* left, int64_t k, const T* right, int64_t stride, int64_t rows,
-                    int64_t n, T* const* out) {
-  if (rows == kBlockRows) return combine_rows<kBlockRows>(left, k, right, stride, n, out);
-  for (int64_t i = 0; i < rows; ++i) combine_rows<1>(left + i * k, k, right, stride, n, out + i);
+                    int64_t n, T* const* out, const ReadNext<T>& next = {}) {
+  if (rows == kBlockRows)
+    return combine_rows<kBlockRows, kPut>(left, k, right, stride, n, out, next);
+  for (int64_t i = 0; i < rows; ++i)
+    combine_rows<1, kPut>(left + i * k, k, right, stride, n, out + i, ReadNext<T>{});
 }
 
 // --- X W
@@ -153,7 +186,8 @@ constexpr int64_t kTallRows = 8;  // of X, whose elements meet sums that are loa
 
 template <int kCols, int kRegisters, class T>
 [[gnu::always_inline]] inline void gather_registers(const T* const* x, int64_t rows, const T* left,
-                                                    int64_t k, int64_t j, T* sums, int64_t stride) {
+                                                    int64_t k, int64_t j, T* sums, int64_t stride,
+                                                    int64_t ahead) {
   constexpr int64_t kWidth = kRegisterWidth<T>;
   Register<T> sum[kCols][kRegisters];
 #pragma GCC unroll 4
@@ -165,7 +199,10 @@ template <int kCols, int kRegisters, class T>
   for (int64_t i = 0; i < rows; ++i) {
     Register<T> xs[kRegisters];
 #pragma GCC unroll 2
-    for (int q = 0; q < kRegisters; ++q) xs[q] = load_register(x[i] + j + q * kWidth);
+    for (int q = 0; q < kRegisters; ++q) {
+      xs[q] = load_register(x[i] + j + q * kWidth);
+      prefetch(x[i] + j + q * kWidth, ahead);
+    }
 #pragma GCC unroll 4
     for (int c = 0; c < kCols; ++c) {
 #pragma GCC unroll 2
@@ -182,13 +219,13 @@ template <int kCols, int kRegisters, class T>
 
 template <int kCols, class T>
 inline void gather_columns(const T* const* x, int64_t rows, int64_t n, const T* left, int64_t k,
-                           T* sums, int64_t stride) {
+                           T* sums, int64_t stride, int64_t ahead) {
   constexpr int64_t kWidth = kRegisterWidth<T>;
   int64_t j = 0;
   for (; j + 2 * kWidth <= n; j += 2 * kWidth)
-    gather_registers<kCols, 2>(x, rows, left, k, j, sums, stride);
+    gather_registers<kCols, 2>(x, rows, left, k, j, sums, stride, ahead);
   for (; j + kWidth <= n; j += kWidth)
-    gather_registers<kCols, 1>(x, rows, left, k, j, sums, stride);
+    gather_registers<kCols, 1>(x, rows, left, k, j, sums, stride, ahead);
   for (; j < n; ++j) {
     for (int c = 0; c < kCols; ++c) {
       T sum = sums[c * stride + j];
@@ -199,13 +236,14 @@ inline void gather_columns(const T* const* x, int64_t rows, int64_t n, const T* 
 }
 
 // sums[c][j] += sum over i of left[i][c] x[i][j], for `rows` <= kTallRows rows, one after the
-// other.
+// other. The rows of the next call lie `ahead` bytes behind these.
 template <class T>
 inline void gather_rows(const T* const* x, int64_t rows, int64_t n, const T* left, int64_t k,
-                        T* sums, int64_t stride) {
+                        T* sums, int64_t stride, int64_t ahead) {
   int64_t c = 0;
-  for (; c + 4 <= k; c += 4) gather_columns<4>(x, rows, n, left + c, k, sums + c * stride, stride);
-  for (; c < k; ++c) gather_columns<1>(x, rows, n, left + c, k, sums + c * stride, stride);
+  for (; c + 4 <= k; c += 4)
+    gather_columns<4>(x, rows, n, left + c, k, sums + c * stride, stride, ahead);
+  for (; c < k; ++c) gather_columns<1>(x, rows, n, left + c, k, sums + c * stride, stride, ahead);
 }
 
 }  // namespace arc_topk::cpu::ARC_TOPK_ISA

@@ -23,7 +23,7 @@ class Steps : public Kernels {
   Steps(const Steps&) = delete;  // low_rank_ has the address of launcher_
   Steps& operator=(const Steps&) = delete;
 
-  Grain grain() const override { return {kGrain, true}; }
+  Grain grain() const override { return {kGrain, true, kWindowCols}; }
 
   const LowRankKernels* low_rank() const override { return &low_rank_; }
   int64_t scratch_bytes(const Bucket& b) const override { return Scratch::bytes(b); }
