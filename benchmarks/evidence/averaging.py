@@ -6,7 +6,7 @@ counted where they call ``torch.distributed.all_reduce``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +40,9 @@ class Averaging(Protocol):
     def after_step(self) -> None:
         """To be called behind each step of the optimizer."""
 
+    def residual(self, batch: Any) -> float | None:
+        """|mean e| / |mean g| of what error feedback holds back; None without. A collective."""
+
     def sent(self) -> tuple[float, float]:
         """Bytes of this rank so far: handed to the collectives; sent by ring algorithms."""
 
@@ -70,10 +73,27 @@ class Engine:
     def after_step(self) -> None:
         """Nothing: gradients were averaged in the backward pass."""
 
+    def residual(self, batch: Any) -> float | None:
+        """|mean e| / |mean g| over ranks, of EF14's residuals and the gradients of ``batch``."""
+        own = self.state.state_dict()["own"][f"rank_{dist.get_rank()}"]
+        if self.state.config.feedback != "ef14" or not own:
+            return None
+        parameters = list(self.module.module.parameters())
+        # Not into .grad: DDP's hooks see nothing of it.
+        gradients = torch.autograd.grad(self.module.module(batch), parameters)
+        return _norm_of_mean([parts["a"] for parts in own.values()]) / _norm_of_mean(gradients)
+
     def sent(self) -> tuple[float, float]:
         """The engine's own count."""
         metrics = self.state.metrics()
         return metrics["wire_bytes"], metrics["link_bytes"]
+
+
+def _norm_of_mean(tensors: Sequence[Tensor]) -> float:
+    """Of one long vector of every rank. A collective."""
+    mean = torch.cat([tensor.flatten().float() for tensor in tensors])
+    dist.all_reduce(mean)
+    return mean.norm().item() / dist.get_world_size()
 
 
 class Counted:
@@ -82,6 +102,10 @@ class Counted:
     def __init__(self) -> None:
         self.bytes = 0
         self._all_reduce = dist.all_reduce
+
+    def residual(self, batch: Any) -> float | None:
+        """Nobody asks for PowerSGD's."""
+        return None
 
     def all_reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``torch.distributed.all_reduce``, counted."""

@@ -14,6 +14,7 @@ from evidence.plan import (
     LONG_BUDGETS,
     LONG_STEPS,
     OTHER_RANKS,
+    RANK_BUDGETS,
     RANKS,
     SEEDS,
     Planned,
@@ -164,7 +165,7 @@ def _task(results: Results, task: str, planned: list[Planned], docs: Path) -> st
 
 
 def _row(results: Results, task: str, c: Cell, dense: list[float]) -> list[str]:
-    aimed = "" if c.budget is None else f"{100 * c.budget:g} %"
+    aimed = _aimed(c.budget)
     if not c.records:
         return [c.method.name, aimed, "", "", "", "", NOT_RUN, ""]
     if "least" in c.records[0]:
@@ -203,14 +204,15 @@ def _grids(results: Results, task: str) -> str:
 
 
 def _ranks(results: Results) -> str:
-    """Other numbers of ranks, at 10 %."""
+    """Other numbers of ranks."""
     rows = []
     counts = sorted([RANKS, *OTHER_RANKS])
+    steps = TASKS["lm-small"].steps
     for method in (m for m in TABLE.values() if m.ranks):
-        budget = BUDGETS[0] if method.budgeted else None
-        runs = [Run("lm-small", method.name, budget, n, TASKS["lm-small"].steps, 0) for n in counts]
-        rows.append([method.name, *(_loss(results, run) for run in runs)])
-    header = ("loss at 10 %, one seed", *(f"N = {n}" for n in counts))
+        for budget in RANK_BUDGETS if method.budgeted else (None,):
+            runs = [Run("lm-small", method.name, budget, n, steps, 0) for n in counts]
+            rows.append([method.name, _aimed(budget), *(_loss(results, run) for run in runs)])
+    header = ("loss, one seed", "aimed at", *(f"N = {n}" for n in counts))
     return (
         f"### lm-small: other numbers of ranks\n\nEach rank has 8 windows.\n\n{table(header, rows)}"
     )
@@ -222,9 +224,16 @@ def _long(results: Results) -> str:
     for method in (m for m in TABLE.values() if m.ranks):
         for budget in LONG_BUDGETS if method.budgeted else (None,):
             run = Run("lm-small", method.name, budget, RANKS, LONG_STEPS, 0)
-            rows.append([method.name, f"{100 * budget:g} %" if budget else "", _loss(results, run)])
-    header = ("one seed", "aimed at", "loss")
-    return f"### lm-small: {LONG_STEPS} steps\n\n{table(header, rows)}"
+            residual = (result_of(results, run) or {}).get("residual", [])
+            first_and_last = [f"{residual[at][1]:.2f}" for at in (0, -1)] if residual else ["", ""]
+            rows.append([method.name, _aimed(budget), _loss(results, run), *first_and_last])
+    header = ("one seed", "aimed at", "loss", "residual, early", "at the end")
+    about = "residual: |mean e| / |mean g| over ranks at the first checkpoint and at the last."
+    return f"### lm-small: {LONG_STEPS} steps\n\n{about}\n\n{table(header, rows)}"
+
+
+def _aimed(budget: float | None) -> str:
+    return "" if budget is None else f"{100 * budget:g} %"
 
 
 def _loss(results: Results, run: Run) -> str:

@@ -14,7 +14,7 @@ MOST_RUNS = 300
 BUDGETS = (0.1, 0.05, 0.025, 0.012, 0.006)  # the first is the one that methods are tuned at
 SEEDS = (0, 1, 2)
 RANKS = 4
-OTHER_RANKS = (1, 2, 8, 16)
+OTHER_RANKS, RANK_BUDGETS = (1, 2, 8, 16), (0.1, 0.025)
 LONG_STEPS, LONG_BUDGETS = 3000, (0.025, 0.012)
 # Tasks beside the small language model compare fewer methods: tuned dense, and the curve's.
 STAGES = ("quadratics", "grid", "final", "curve", "ranks", "long")
@@ -113,7 +113,8 @@ def _ranks() -> list[Planned]:
         for ranks in OTHER_RANKS
         for method in TABLE.values()
         if method.ranks
-        for run in [_run("lm-small", method.name, BUDGETS[0] if method.budgeted else None)]
+        for budget in (RANK_BUDGETS if method.budgeted else (None,))
+        for run in [_run("lm-small", method.name, budget)]
     ]
 
 

@@ -32,7 +32,8 @@ def train(run: Run) -> Record:
 
     Returns:
         ``loss``: validation loss at checkpoints, [step, loss] each, None where it is not finite and
-        the run ends; ``wire_bytes``, ``link_bytes``, ``dense_bytes`` of a rank, the mean of a step;
+        the run ends; ``residual``, |mean e| / |mean g| there, where the task asks for it;
+        ``wire_bytes``, ``link_bytes``, ``dense_bytes`` of a rank, the mean of a step;
         ``seconds`` of the training; what followed from the budget; versions and processor. Of a
         budget that the method cannot keep: ``least``, the smallest share that it can.
     """
@@ -45,7 +46,7 @@ def train(run: Run) -> Record:
         return {"least": error.least}
     torch.manual_seed(run.seed + 1 + dist.get_rank())  # dropout of its own on every rank
     started = time.perf_counter()
-    loss = _train(run, task, model, averaging)
+    loss, residual = _train(run, task, model, averaging)
     seconds = time.perf_counter() - started
     wire, link = averaging.sent()
     steps = loss[-1][0]
@@ -55,6 +56,7 @@ def train(run: Run) -> Record:
         "link_bytes": link / steps,
         "dense_bytes": sum(4 * p.numel() for p in model.parameters()),
         "seconds": round(seconds, 2),
+        **({"residual": residual} if residual else {}),
         **averaging.chosen,
         **machine(),
     }
@@ -63,15 +65,20 @@ def train(run: Run) -> Record:
     return record
 
 
-def _train(run: Run, task: Task, model: nn.Module, averaging: Averaging) -> list[list[Any]]:
+def _train(
+    run: Run, task: Task, model: nn.Module, averaging: Averaging
+) -> tuple[list[list[Any]], list[list[Any]]]:
+    """Losses and residuals, by steps."""
     optimizer = task.optimizer(model.parameters(), run.lr, run.beta1)
     schedule = LambdaLR(optimizer, lambda step: task.schedule(step, run.steps))
     batches = task.batches(dist.get_rank(), dist.get_world_size(), run.seed)
     every = max(1, run.steps // CHECKPOINTS // LOCAL_STEPS) * LOCAL_STEPS  # where ranks are alike
     losses: list[list[Any]] = []
+    residuals: list[list[Any]] = []
     for step in range(1, run.steps + 1):
         optimizer.zero_grad()
-        averaging.module(next(batches)).backward()
+        batch = next(batches)
+        averaging.module(batch).backward()
         if task.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), task.clip)
         optimizer.step()
@@ -82,7 +89,10 @@ def _train(run: Run, task: Task, model: nn.Module, averaging: Averaging) -> list
             losses.append([step, loss if math.isfinite(loss) else None])
             if not math.isfinite(loss):
                 break
-    return losses
+            residual = averaging.residual(batch) if task.weighs_residuals else None
+            if residual is not None:
+                residuals.append([step, round(residual, 4)])
+    return losses, residuals
 
 
 @torch.no_grad()

@@ -180,7 +180,7 @@ def test_the_command_line_chooses_by_words() -> None:
 
     some = choose("--task", "lm-small", "--only", "grid", "Top-K", "lr 0.01 ")
     names = {planned.run.method for planned in some}
-    assert names == {"ARC-Top-K", "ARC-Top-K EF21M", "Top-K"}
+    assert names == {"ARC-Top-K", "ARC-Top-K, uint8", "ARC-Top-K EF21M", "Top-K"}
     assert {planned.run.lr for planned in some} == {1e-2}
     assert len(choose()) == len(plan())
 
@@ -290,8 +290,14 @@ def test_the_page_is_written_from_the_results(tmp_path: Path) -> None:
         for seed, loss in zip(SEEDS[1:], seeds[1:], strict=True):
             budget = 0.1 if TABLE[name].budgeted else None
             results.add(Run("lm-small", name, budget, 4, 600, seed, 1e-2, 0.5), record(loss))
+    for run in grid("lm-small", "ARC-Top-K, uint8"):
+        results.add(run, record(1.9 if run.lr == 1e-2 and run.beta1 == 0.5 else 2.5))
     uint8 = Run("lm-small", "ARC-Top-K, uint8", 0.006, 4, 600, 0, 1e-2, 0.5)
     results.add(uint8, {"least": 0.0123})
+    long = Run("lm-small", "low rank, uint8", 0.025, 4, 3000, 0, 1e-2, 0.5)
+    for run in grid("lm-small", "low rank, uint8"):
+        results.add(run, record(1.9 if run.lr == 1e-2 and run.beta1 == 0.5 else 2.5))
+    results.add(long, record(1.3) | {"residual": [[250, 1.214], [3000, 1.506]]})
 
     page.write(results, tmp_path)
     text = (tmp_path / "results.md").read_text()
@@ -303,6 +309,7 @@ def test_the_page_is_written_from_the_results(tmp_path: Path) -> None:
     assert arc in cells
     assert ["ARC-Top-K, uint8", "0.6 %", "least: 1.23 %", *3 * [""], "out of reach", ""] in cells
     assert ["Rand-K", "10 %", "", "", "", "", "not run", ""] in cells
+    assert ["low rank, uint8", "2.5 %", "1.300", "1.21", "1.51"] in cells
     assert f"of {len(plan())} planned runs are done" in text
     assert (tmp_path / "results-lm-small.png").stat().st_size > 1000
 

@@ -26,6 +26,7 @@ class Task(ABC):
         clip: largest gradient norm, behind the exchange; None: no clipping.
         warmup: steps of rising learning rate, before its cosine.
         needs: packages that requirements/evidence.txt names and that need not be installed.
+        weighs_residuals: one more forward and backward pass at each checkpoint is no matter.
         seconds: a guess of a step's over 4 ranks, until there are results.
     """
 
@@ -36,6 +37,7 @@ class Task(ABC):
     clip: ClassVar[float | None] = None
     warmup: ClassVar[int] = 0
     needs: ClassVar[tuple[str, ...]] = ()
+    weighs_residuals: ClassVar[bool] = False
     seconds: ClassVar[float] = 0.1
     steps: int
 

@@ -28,6 +28,7 @@ class Language(Task):
     beta1s: ClassVar[tuple[float, ...]] = (0.5, 0.0, 0.9)
     clip: ClassVar[float | None] = 1.0
     warmup: ClassVar[int] = 50
+    weighs_residuals: ClassVar[bool] = True
     width: int
     layers: int
     steps: int
