@@ -98,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
         help="what rows and second factors travel in (default: float32)")  # fmt: skip
     add("--sketch-dtype", choices=("bfloat16",),
         help="what sketches and first factors travel in (default: float32)")  # fmt: skip
+    add("--start-step", type=int, default=0,
+        help="steps of plain averaging before compression begins (default %(default)s)")  # fmt: skip
 
     group = p.add_argument_group("training")
     add = group.add_argument
@@ -224,7 +226,8 @@ def due(step: int, every: int, steps: int) -> bool:
 
 def compression(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of arc_topk.Config, from the command line's flags of the same names."""
-    names = ("compressor", "feedback", "ratio", "rank", "eta", "sketch_dim", "row_width", "seed")
+    names = ("compressor", "feedback", "ratio", "rank", "eta", "sketch_dim", "row_width",
+             "start_step", "seed")  # fmt: skip
     types = {name: getattr(options, name) for name in ("wire_dtype", "sketch_dtype")}
     return {
         **{name: getattr(options, name) for name in names},
