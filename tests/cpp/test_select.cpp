@@ -7,10 +7,12 @@
 #include <random>
 #include <vector>
 
-#include "kernels/cpu/select.h"
+#include "cpu_against_loops.h"
 
 namespace arc_topk::cpu {
 namespace {
+
+using ::arc_topk::testing::all_tables;
 
 // Sorts by key, largest first, equal keys by index; then the first K by index.
 template <class Key>
@@ -27,11 +29,22 @@ std::vector<int32_t> expected(const std::vector<Key>& keys, int64_t kept) {
 template <class Key>
 void check(const std::vector<Key>& keys, int64_t kept) {
   const auto count = static_cast<int64_t>(keys.size());
-  std::vector<int32_t> picks(kept + 1, -7);
-  select_largest(keys.data(), count, kept, picks.data());
-  EXPECT_EQ(picks.back(), -7) << "wrote beyond K";
-  picks.pop_back();
-  EXPECT_EQ(picks, expected(keys, kept)) << "m = " << count << ", K = " << kept;
+  const std::vector<int32_t> right = expected(keys, kept);
+  for (const Rows* table : all_tables()) {
+    for (const int64_t room : {int64_t{0}, count / 4, count}) {
+      std::vector<Key> spare(static_cast<size_t>(room) + 1, Key{7});
+      std::vector<int32_t> picks(kept + 1, -7);
+      if constexpr (sizeof(Key) == 4) {
+        table->select32(keys.data(), ~Key{0}, count, kept, spare.data(), room, picks.data());
+      } else {
+        table->select64(keys.data(), ~Key{0}, count, kept, spare.data(), room, picks.data());
+      }
+      EXPECT_EQ(picks.back(), -7) << "wrote beyond K";
+      EXPECT_EQ(spare.back(), Key{7}) << "wrote beyond its room";
+      picks.pop_back();
+      EXPECT_EQ(picks, right) << table->isa << ", m = " << count << ", K = " << kept;
+    }
+  }
 }
 
 template <class Key>
@@ -43,9 +56,9 @@ void check_all_counts(const std::vector<Key>& keys) {
 }
 
 template <class Key>
-class Select : public testing::Test {};
-using Keys = testing::Types<uint32_t, uint64_t>;
-TYPED_TEST_SUITE(Select, Keys);
+class Select : public ::testing::Test {};
+using KeyTypes = ::testing::Types<uint32_t, uint64_t>;
+TYPED_TEST_SUITE(Select, KeyTypes);
 
 TYPED_TEST(Select, UniformKeys) {
   std::mt19937_64 random(1);
@@ -81,9 +94,11 @@ TEST(SelectScores, NaNAndInfinityAreTheLargest) {
                       std::numeric_limits<float>::infinity(), 1e-40f}) {
     keys.push_back(std::bit_cast<uint32_t>(score));
   }
-  std::vector<int32_t> picks(3);
-  select_largest(keys.data(), 6, 3, picks.data());
-  EXPECT_EQ(picks, (std::vector<int32_t>{1, 3, 4}));
+  for (const Rows* table : all_tables()) {
+    std::vector<int32_t> picks(3);
+    table->select32(keys.data(), ~0u, 6, 3, nullptr, 0, picks.data());
+    EXPECT_EQ(picks, (std::vector<int32_t>{1, 3, 4}));
+  }
 }
 
 // Long enough for the work to be shared between threads.
@@ -95,6 +110,31 @@ TEST(SelectScores, ManyKeys) {
   for (size_t i = 0; i < keys.size(); i += 3) keys[i] = keys[0];
   check(keys, 60000);
   check(keys, 250000);
+}
+
+// Signs are no part of a number's key.
+TEST(SelectScores, BitsThatAreMaskedDoNotCount) {
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  std::vector<uint32_t> signed_keys(40000), keys(40000);
+  for (size_t i = 0; i < keys.size(); ++i) {
+    signed_keys[i] = std::bit_cast<uint32_t>(normal(random));
+    keys[i] = signed_keys[i] & 0x7FFFFFFF;
+  }
+  for (const Rows* table : all_tables()) {
+    std::vector<uint32_t> spare(keys.size());
+    std::vector<int32_t> picks(4000);
+    table->select32(signed_keys.data(), 0x7FFFFFFF, 40000, 4000, spare.data(), 40000, picks.data());
+    EXPECT_EQ(picks, expected(keys, 4000)) << table->isa;
+  }
+}
+
+// What a sample tells of the middle is wrong: half of the keys are one, and rare ones far apart.
+TEST(SelectScores, KeysThatASampleSaysLittleOf) {
+  std::vector<uint32_t> keys(50000, 5);
+  for (size_t i = 0; i < keys.size(); i += 5000) keys[i] = static_cast<uint32_t>(1000 + i);
+  for (size_t i = 25000; i < 25100; ++i) keys[i] = static_cast<uint32_t>(7 + i % 3);
+  for (const int64_t kept : {1, 9, 10, 11, 50, 110, 111, 49999}) check(keys, kept);
 }
 
 }  // namespace

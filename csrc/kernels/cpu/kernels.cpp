@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "kernels/cpu/low_rank.h"
-#include "kernels/cpu/select.h"
 #include "kernels/cpu/underflow.h"
 #include "kernels/loss_scale.h"
 
@@ -99,6 +98,15 @@ double read_flag(DType type, const void* flags, int64_t i) {
   return bits >= 0x7C00 ? std::numeric_limits<double>::infinity() : bits;
 }
 
+// Where the message lies as it is, in the work type; null: nowhere. A number's bits without its
+// sign are then its key.
+const void* message_of(const Bucket& b) {
+  const DType work = work_type(b.gradient_type);
+  if (b.feedback == FeedbackKind::kEF14) return b.state_type == work ? b.own_a : nullptr;
+  const bool plain = b.feedback == FeedbackKind::kNone && b.loss_scale == nullptr;
+  return plain && b.gradient_type == work ? b.gradient : nullptr;
+}
+
 int64_t distance(const void* from, const void* to) {
   return static_cast<const char*>(to) - static_cast<const char*>(from);
 }
@@ -182,6 +190,7 @@ void CpuKernels::select(const Bucket& b, const Keys& keys) const {
       randomize(b, keys.seed, keys.step);
       break;
     case Keys::kMagnitude:
+      if (const void* message = message_of(b)) return pick(b, message);
       magnitudes(b);
       break;
   }
@@ -280,17 +289,25 @@ void CpuKernels::magnitudes(const Bucket& b) const {
   });
 }
 
-void CpuKernels::pick(const Bucket& b) const {
+void CpuKernels::pick(const Bucket& b) const { pick(b, nullptr); }
+
+void CpuKernels::pick(const Bucket& b, const void* message) const {
+  const auto pick = [&](const Segment& s, auto select, auto bits) {
+    using Key = decltype(bits);
+    Key* const keys = static_cast<Key*>(b.scratch) + s.key;
+    int32_t* const picks = b.picks + s.pick;
+    if (message == nullptr) return select(keys, ~Key{0}, s.rows, s.kept, nullptr, 0, picks);
+    const Key* const own = static_cast<const Key*>(message) + s.offset;
+    select(own, ~Key{0} >> 1, s.rows, s.kept, keys, s.rows, picks);
+  };
   at::parallel_for(0, b.num_segments, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Segment& s = b.segments[i];
       if (!s.compressed() || b.outcome[i] != Outcome::kNormal) continue;
       if (b.gradient_type == DType::kF64) {
-        select_largest(static_cast<const uint64_t*>(b.scratch) + s.key, s.rows, s.kept,
-                       b.picks + s.pick);
+        pick(s, rows_.select64, uint64_t{});
       } else {
-        select_largest(static_cast<const uint32_t*>(b.scratch) + s.key, s.rows, s.kept,
-                       b.picks + s.pick);
+        pick(s, rows_.select32, uint32_t{});
       }
     }
   });

@@ -54,6 +54,8 @@ class CpuKernels final : public Kernels {
   void randomize(const Bucket& b, uint64_t seed, uint64_t step) const;
   void magnitudes(const Bucket& b) const;
   void pick(const Bucket& b) const;  // the K largest keys of each normal segment
+  // The same of its message's magnitudes, where it lies in the work type.
+  void pick(const Bucket& b, const void* message) const;
   void pack(const Bucket& b, PackMode mode) const;
 
   // --- steps of apply(): each gives the bucket's ||C||^2 ---

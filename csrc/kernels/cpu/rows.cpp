@@ -7,6 +7,7 @@
 #include "kernels/cpu/rows.h"
 
 #include "kernels/cpu/apply.h"
+#include "kernels/cpu/select.h"
 
 #define ARC_TOPK_QUOTE(name) #name
 #define ARC_TOPK_NAME_OF(name) ARC_TOPK_QUOTE(name)
@@ -24,6 +25,8 @@ const Rows rows = {
     .score = score,
     .randomize = randomize,
     .magnitudes = magnitudes,
+    .select32 = select_largest<uint32_t>,
+    .select64 = select_largest<uint64_t>,
     .pack = pack,
     .apply = apply,
     .apply_gathered = apply_gathered,

@@ -35,6 +35,11 @@ struct Rows {
   double (*score)(const Bucket&, const Piece&);
   void (*randomize)(const Bucket&, const Piece&, uint64_t seed, uint64_t step);
   void (*magnitudes)(const Bucket&, const Piece&);
+  // select_largest().
+  void (*select32)(const uint32_t* keys, uint32_t mask, int64_t count, int64_t kept,
+                   uint32_t* spare, int64_t room, int32_t* picks);
+  void (*select64)(const uint64_t* keys, uint64_t mask, int64_t count, int64_t kept,
+                   uint64_t* spare, int64_t room, int32_t* picks);
   void (*pack)(const Bucket&, const Piece&, PackMode);
   double (*apply)(const Bucket&, const Piece&);
   double (*apply_gathered)(const Bucket&, const Piece&, const void* message, const void* gathered,
