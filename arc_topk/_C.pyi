@@ -46,15 +46,11 @@ class Exchange:
     Args:
         config: how gradients are averaged.
         group: whose ranks are averaged; plain averaging and `run` use it themselves.
-        comm_group: the same ranks, used by nobody else but the engine's thread; None: collectives
-            of ``group`` only queue themselves on a GPU's stream, and no thread is needed.
+        own: see `resume`.
     """
 
     def __init__(
-        self,
-        config: Config,
-        group: dist.ProcessGroup,
-        comm_group: dist.ProcessGroup | None = None,
+        self, config: Config, group: dist.ProcessGroup, own: list[dist.ProcessGroup] = ...
     ) -> None: ...
     def start(self, bucket: GradBucket) -> torch.futures.Future[Any]:
         """Begins a bucket's exchange. The future holds the bucket's buffer, or a list of it.
@@ -101,12 +97,15 @@ class Exchange:
     def resume(
         self,
         group: dist.ProcessGroup,
-        comm_group: dist.ProcessGroup | None,
+        own: list[dist.ProcessGroup],
         exchanges: int,
         afresh: bool,
     ) -> None:
         """Goes on over these groups, from step ``exchanges`` on.
 
+        ``own``: the same ranks twice, used by nobody else: for first collectives and for second
+        ones, with threads that wait for them. None of them: collectives of ``group`` only queue
+        themselves on a GPU's stream, and no thread is needed. One: for both, bucket after bucket.
         ``afresh``: EF21 and EF21M begin with a dense step again.
         """
 

@@ -118,15 +118,20 @@ def _timeout_of(backend: Any) -> datetime.timedelta:
     return timeout
 
 
-def comm_group_for(
+COLLECTIVES = ("first", "second")  # of a bucket; those of all buckets go over a group of their own
+
+
+def comm_groups_for(
     group: dist.ProcessGroup, transport: Transport, token: str
-) -> dist.ProcessGroup | None:
-    """A group of the same ranks and timeout, for the engine's collectives alone. A collective.
+) -> list[dist.ProcessGroup]:
+    """Groups of the same ranks and timeout, for the engine's collectives alone. A collective.
 
     None where collectives are queued: then there is nobody to wait for them, and the engine issues
     them on ``group`` itself, in the order of the buckets.
     """
-    return None if transport.queued else comm_group(group, transport.timeout, token)
+    if transport.queued:
+        return []
+    return [comm_group(group, transport.timeout, f"{token}/{name}") for name in COLLECTIVES]
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -24,7 +24,7 @@ from arc_topk.config import Config, Fields, config_from
 from arc_topk.groups import (
     Transport,
     ambiguous,
-    comm_group_for,
+    comm_groups_for,
     current,
     default_group,
     timeout_of,
@@ -285,7 +285,7 @@ class State(ErrorFeedback):
         engine.set_loss_scale(loss_scale)
         engine.resume(
             group,
-            comm_group_for(group, self._transport, ranks[0].token),
+            comm_groups_for(group, self._transport, ranks[0].token),
             max((step for rank in ranks for step in rank.exchanges), default=0),
             moved or not together,
         )

@@ -132,6 +132,13 @@ py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
                         m.resync_bytes, scalar_type_of(m.kept > 0 ? types.wire : types.dense));
 }
 
+using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
+
+// `own`: none, one or two, as Groups has them.
+Groups groups_of(const Group& group, const std::vector<Group>& own) {
+  return {group, own.empty() ? nullptr : own[0], own.size() < 2 ? nullptr : own[1]};
+}
+
 }  // namespace
 }  // namespace arc_topk
 
@@ -146,14 +153,13 @@ PYBIND11_MODULE(_C, module) {
            py::arg("resync_every"))
       .def_readwrite("compress_without_gain", &Config::compress_without_gain);
 
-  using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<Exchange, std::shared_ptr<Exchange>>(module, "Exchange")
-      .def(py::init([](const Config& config, const Group& group, const Group& comm_group) {
-             return std::shared_ptr<Exchange>(new Exchange(config, {group, comm_group}),
+      .def(py::init([](const Config& config, const Group& group, const std::vector<Group>& own) {
+             return std::shared_ptr<Exchange>(new Exchange(config, groups_of(group, own)),
                                               DeleteWithoutGil());
            }),
-           py::arg("config"), py::arg("group"), py::arg("comm_group") = nullptr)
+           py::arg("config"), py::arg("group"), py::arg("own") = std::vector<Group>())
       .def(
           "start",
           [](Exchange& exchange, c10d::GradBucket& bucket) {
@@ -187,11 +193,10 @@ PYBIND11_MODULE(_C, module) {
            })
       .def(
           "resume",
-          [](Exchange& exchange, const Group& group, const Group& comm_group, uint64_t exchanges,
-             bool afresh) {
-            exchange.resume({group, comm_group}, exchanges, afresh);
-          },
-          py::arg("group"), py::arg("comm_group"), py::arg("exchanges"), py::arg("afresh"))
+          [](Exchange& exchange, const Group& group, const std::vector<Group>& own,
+             uint64_t exchanges,
+             bool afresh) { exchange.resume(groups_of(group, own), exchanges, afresh); },
+          py::arg("group"), py::arg("own"), py::arg("exchanges"), py::arg("afresh"))
       .def("snapshot",
            [](Exchange& exchange) {
              const Exchange::Saved saved = exchange.snapshot();

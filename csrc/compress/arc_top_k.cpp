@@ -47,7 +47,7 @@ class ArcTopK final : public Compressor {
     step.kernels().prepare(step.bucket(), &v);
   }
 
-  void exchange(Step& step) const override {
+  void first(Step& step) const override {
     const Bucket& bucket = step.bucket();
     const Kernels& kernels = step.kernels();
 
@@ -58,11 +58,14 @@ class ArcTopK final : public Compressor {
 
     step.enter(Phase::kPack);
     kernels.pack_and_commit(bucket);
+  }
 
-    step.all_reduce_second(Phase::kSecondCollective);
+  bool has_second() const override { return true; }
+  void second(Step& step) const override { step.all_reduce_second(Phase::kSecondCollective); }
 
+  void last(Step& step) const override {
     step.enter(Phase::kApply);
-    kernels.apply(bucket, nullptr);
+    step.kernels().apply(step.bucket(), nullptr);
   }
 };
 

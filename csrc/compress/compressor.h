@@ -41,7 +41,8 @@ class Step {
   // The bucket's own buffer, divided by N beforehand, as DDP does it.
   virtual void average_gradient(Phase phase) = 0;
   // Top-K's messages of all ranks, one after the other.
-  virtual Gathered all_gather_message(Phase phase) = 0;
+  virtual void all_gather_message(Phase phase) = 0;
+  virtual Gathered gathered() const = 0;
 
   // Marks what the step is doing: for timings, profilers, and the text of errors.
   virtual void enter(Phase phase) = 0;
@@ -75,11 +76,16 @@ class Compressor {
   // One message of bytes to gather, rather than payloads to reduce.
   virtual bool gathers() const { return false; }
 
-  // --- step ---
-  // Before the bucket's turn to communicate: reads the gradient, fills the first payload.
+  // --- step: in this order, each in the bucket's turn ---
+  // Before it communicates: reads the gradient, fills the first payload.
   virtual void prepare(Step& step) const = 0;
-  // In the bucket's turn: the collectives and all that lies between and after them.
-  virtual void exchange(Step& step) const = 0;
+  // The first collective, and what leads to the second.
+  virtual void first(Step& step) const = 0;
+  // The second, where there is one; nothing else.
+  virtual bool has_second() const { return false; }
+  virtual void second(Step&) const {}
+  // Behind all collectives.
+  virtual void last(Step& step) const = 0;
 
   // --- between steps ---
   // What a scaler's skipped step has sent, back into the residual: Kernels::reclaim().

@@ -31,7 +31,7 @@ class Dense final : public Compressor {
     if (!step.plan().in_place) step.kernels().prepare(step.bucket(), nullptr);
   }
 
-  void exchange(Step& step) const override {
+  void first(Step& step) const override {
     const Plan& plan = step.plan();
     if (plan.in_place) {
       step.average_gradient(Phase::kFirstCollective);
@@ -40,6 +40,10 @@ class Dense final : public Compressor {
     } else {
       step.all_reduce_second(Phase::kFirstCollective);
     }
+  }
+
+  void last(Step& step) const override {
+    const Plan& plan = step.plan();
     step.enter(Phase::kApply);
     if (!plan.in_place) {
       step.kernels().apply(step.bucket(), nullptr);

@@ -77,7 +77,7 @@ class LowRank final : public Compressor {
     kernels_of(step).prepare(step.bucket(), step.seed(), step.number());
   }
 
-  void exchange(Step& step) const override {
+  void first(Step& step) const override {
     const Bucket& bucket = step.bucket();
     const LowRankKernels& kernels = kernels_of(step);
 
@@ -88,11 +88,14 @@ class LowRank final : public Compressor {
 
     step.enter(Phase::kPack);
     kernels.multiply_back(bucket);
+  }
 
-    step.all_reduce_second(Phase::kSecondCollective);
+  bool has_second() const override { return true; }
+  void second(Step& step) const override { step.all_reduce_second(Phase::kSecondCollective); }
 
+  void last(Step& step) const override {
     step.enter(Phase::kApply);
-    kernels.apply(bucket);
+    kernels_of(step).apply(step.bucket());
   }
 
   void reclaim(Step& step) const override { kernels_of(step).reclaim(step.bucket()); }

@@ -44,12 +44,11 @@ class RandK final : public Compressor {
     kernels.pack(bucket);
   }
 
-  void exchange(Step& step) const override {
+  void first(Step& step) const override { step.all_reduce_second(Phase::kFirstCollective); }
+
+  void last(Step& step) const override {
     const Bucket& bucket = step.bucket();
     const Kernels& kernels = step.kernels();
-
-    step.all_reduce_second(Phase::kFirstCollective);
-
     // The flags arrive with the rows: only now is it known that they may be taken as sent.
     step.enter(Phase::kPack);
     kernels.commit(bucket, nullptr);

@@ -52,11 +52,12 @@ class TopK final : public Compressor {
     kernels.pack(bucket);
   }
 
-  void exchange(Step& step) const override {
+  void first(Step& step) const override { step.all_gather_message(Phase::kFirstCollective); }
+
+  void last(Step& step) const override {
     const Bucket& bucket = step.bucket();
     const Kernels& kernels = step.kernels();
-
-    const Gathered gathered = step.all_gather_message(Phase::kFirstCollective);
+    const Gathered gathered = step.gathered();
 
     step.enter(Phase::kPack);
     kernels.commit(bucket, &gathered);

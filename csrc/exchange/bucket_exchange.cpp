@@ -15,7 +15,7 @@
 namespace arc_topk {
 
 BucketExchange::BucketExchange(Shared& shared, BucketState& state)
-    : shared_(shared), state_(state), collectives_(shared.comm_thread) {
+    : shared_(shared), state_(state), collectives_(shared.lanes) {
   if (state.backend.streams) events_.emplace(state.backend.streams->type());
   const std::optional<double> factor = shared.config.spike_limit;
   if (factor) spike_limit_.emplace(*factor, state.device, scalar_type_of(plan().types.work()));
@@ -75,10 +75,11 @@ c10::intrusive_ptr<c10::ivalue::Future> BucketExchange::start(const at::Tensor& 
     if (mode_ == Mode::kAverage) return average();
     prepare();
     auto future = promise();
-    if (shared_.groups.comm == nullptr) {
-      run();
+    stage_ = Stage::kFirst;
+    if (shared_.groups.block()) {
+      shared_.lanes.first.submit(*this);
     } else {
-      shared_.comm_thread.submit(*this);
+      run();
     }
     return future;
   } catch (const std::exception& error) {
@@ -93,7 +94,7 @@ at::Tensor BucketExchange::run_here(const at::Tensor& buffer) {
   const auto whole = [&](void* stream) {
     state_.bucket.stream = stream;
     mode_ == Mode::kAverage ? limit_spike() : fill_payload();
-    return finish(*shared_.groups.main);
+    return all_stages(*shared_.groups.main);
   };
   try {
     Streams* const queues = streams();
@@ -120,33 +121,77 @@ c10::intrusive_ptr<c10::ivalue::Future> BucketExchange::promise() {
   return future_;
 }
 
+template <class F>
+auto BucketExchange::guarded(c10d::ProcessGroup* group, const F& f) {
+  if (group != nullptr) {
+    // After a collective has failed the groups are of no use: what still waits fails at once,
+    // rather than running into its own time-out.
+    const std::string before = shared_.lifecycle.failure();
+    if (!before.empty()) {
+      throw std::runtime_error("arc_topk: " + place() +
+                               " was not exchanged, after this failure: " + before);
+    }
+    collectives_.begin(*group, metrics_);
+  }
+  since_ = std::chrono::steady_clock::now();
+  try {
+    return f();
+  } catch (const c10::Error& error) {
+    fail(error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    fail(error.what());
+  }
+}
+
 // Whoever waits for the future may let the engine go: nothing of it is touched behind its
-// completion.
+// completion. Nor behind a submit(): another lane may have come to the end by then.
 void BucketExchange::run() noexcept {
-  const c10::intrusive_ptr<c10::ivalue::Future> future = std::move(future_);
-  const bool on_comm_thread = shared_.groups.comm != nullptr;
+  const c10::intrusive_ptr<c10::ivalue::Future> future = future_;
+  const auto complete = [&](at::Tensor averaged) {
+    future_.reset();
+    end();
+    future->markCompleted(std::move(averaged));
+  };
   try {
     std::optional<at::ThreadLocalStateGuard> profiled;
-    if (on_comm_thread && profiled_) profiled.emplace(*profiled_);
+    if (shared_.groups.block() && profiled_) profiled.emplace(*profiled_);
     if (at::get_num_threads() != threads_) at::set_num_threads(threads_);
-    c10d::ProcessGroup& group = on_comm_thread ? *shared_.groups.comm : *shared_.groups.main;
-    const auto complete = [&](at::Tensor averaged) {
-      end();
-      future->markCompleted(std::move(averaged));
-    };
-    Streams* const queues = streams();
-    if (queues == nullptr) return complete(finish(group));
-    const auto rest = [&](void* stream) {
-      state_.bucket.stream = stream;
-      return finish(group);
-    };
-    // The future remembers the stream that is current now: whoever waits for it waits for that.
-    queues->communicate(*events_, rest, complete);
+    if (Streams* const queues = streams()) {
+      const auto stages = [&](void* stream) {
+        state_.bucket.stream = stream;
+        return all_stages(shared_.groups.block() ? *shared_.groups.first : *shared_.groups.main);
+      };
+      // The future remembers the stream that is current now: whoever waits for it waits for that.
+      return queues->communicate(*events_, stages, complete);
+    }
+    if (!shared_.groups.block()) return complete(all_stages(*shared_.groups.main));
+    for (;;) {
+      if (stage_ == Stage::kLast) return complete(guarded(group_here(), [&] { return last(); }));
+      if (stage_ == Stage::kFirst) {
+        guarded(group_here(), [&] { return first(); });
+        stage_ = Stage::kSecond;
+      } else {
+        guarded(group_here(), [&] { return second(); });
+        stage_ = Stage::kLast;
+      }
+      if (CommThread* const lane = lane_of(stage_)) return lane->submit(*this);
+    }
   } catch (const std::exception&) {
     if (future->completed()) return;
+    future_.reset();
     end();
     future->setError(std::current_exception());
   }
+}
+
+CommThread* BucketExchange::lane_of(Stage stage) {
+  if (stage == Stage::kLast) return must_check() ? nullptr : &shared_.lanes.last;
+  return has_second() && shared_.groups.second ? &shared_.lanes.second : nullptr;
+}
+
+c10d::ProcessGroup* BucketExchange::group_here() {
+  if (shared_.lanes.last.is_current()) return nullptr;
+  return (shared_.lanes.second.is_current() ? shared_.groups.second : shared_.groups.first).get();
 }
 
 void BucketExchange::give_up() noexcept {
@@ -204,51 +249,51 @@ void BucketExchange::fill_payload() {
   leave();
 }
 
-at::Tensor BucketExchange::finish(c10d::ProcessGroup& group) {
-  // After a collective has failed the group is of no use: what still waits fails at once, rather
-  // than running into its own time-out.
-  const std::string before = shared_.lifecycle.failure();
-  if (!before.empty()) {
-    throw std::runtime_error("arc_topk: " + place() +
-                             " was not exchanged, after this failure: " + before);
-  }
-  collectives_.begin(group, metrics_);
-  since_ = std::chrono::steady_clock::now();
-  phase_ = Phase::kFirstCollective;
-  try {
-    at::Tensor averaged = carry();
-    if (must_check()) check(averaged);
-    leave();
-    ++state_.progress->exchanges;
-    count_step();
-    return averaged;
-  } catch (const c10::Error& error) {
-    fail(error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    fail(error.what());
-  }
+at::Tensor BucketExchange::all_stages(c10d::ProcessGroup& group) {
+  return guarded(&group, [&] {
+    first();
+    second();
+    return last();
+  });
 }
 
-at::Tensor BucketExchange::carry() {
-  switch (mode_) {
-    case Mode::kAverage:
-      average_gradient(Phase::kFirstCollective);
-      break;
-    case Mode::kStart:
-      start_dense();
-      break;
-    case Mode::kCompress:
-      if (must_resync()) resync();
-      state_.compressor->exchange(*this);
-      ++state_.compressed;
-      sent_ = bucket().feedback == FeedbackKind::kEF14 && bucket().own_a != nullptr;
-      break;
+void BucketExchange::first() {
+  phase_ = Phase::kFirstCollective;
+  if (mode_ == Mode::kCompress) {
+    if (must_resync()) resync();
+    state_.compressor->first(*this);
+  } else {
+    average_gradient(Phase::kFirstCollective);
   }
-  return result();
+  leave();
+}
+
+bool BucketExchange::has_second() const {
+  return mode_ == Mode::kCompress && state_.compressor->has_second();
+}
+
+void BucketExchange::second() {
+  if (!has_second()) return;
+  state_.compressor->second(*this);
+  leave();
+}
+
+at::Tensor BucketExchange::last() {
+  if (mode_ == Mode::kStart) start_dense();
+  if (mode_ == Mode::kCompress) {
+    state_.compressor->last(*this);
+    ++state_.compressed;
+    sent_ = bucket().feedback == FeedbackKind::kEF14 && bucket().own_a != nullptr;
+  }
+  at::Tensor averaged = result();
+  if (must_check()) check(averaged);
+  leave();
+  ++state_.progress->exchanges;
+  count_step();
+  return averaged;
 }
 
 void BucketExchange::start_dense() {
-  average_gradient(Phase::kFirstCollective);
   enter(Phase::kApply);
   state_.started = kernels().adopt(bucket());
   if (state_.started) return;
@@ -365,9 +410,12 @@ void BucketExchange::all_reduce(std::vector<at::Tensor>& payload, Phase phase) {
   collectives_.all_reduce(payload);
 }
 
-Gathered BucketExchange::all_gather_message(Phase phase) {
+void BucketExchange::all_gather_message(Phase phase) {
   enter(phase);
   collectives_.all_gather(state_.gathered, state_.message[0]);
+}
+
+Gathered BucketExchange::gathered() const {
   return {state_.message[0].const_data_ptr(), state_.gathered.const_data_ptr(),
           state_.message[0].numel()};
 }

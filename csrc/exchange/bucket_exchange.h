@@ -43,8 +43,8 @@ class BucketExchange final : public Step, public CommThread::Job {
   void forget_sent() { sent_ = false; }
   std::string place() const;  // in errors
 
-  // The rest of a step, in the bucket's turn, into the future. With streams and without a
-  // communication thread all of it is only queued.
+  // What comes next of a step, in the bucket's turn; in the end, the result into the future. With
+  // streams and without lanes all that is left is only queued.
   void run() noexcept override;
   void give_up() noexcept override;
 
@@ -57,7 +57,8 @@ class BucketExchange final : public Step, public CommThread::Job {
   void all_reduce_first(Phase phase) override;
   void all_reduce_second(Phase phase) override { all_reduce(state_.second, phase); }
   void average_gradient(Phase phase) override;
-  Gathered all_gather_message(Phase phase) override;
+  void all_gather_message(Phase phase) override;
+  Gathered gathered() const override;
   void enter(Phase phase) override;
 
  private:
@@ -70,9 +71,21 @@ class BucketExchange final : public Step, public CommThread::Job {
   void fill_payload();
   c10::intrusive_ptr<c10::ivalue::Future> average();
   c10::intrusive_ptr<c10::ivalue::Future> promise();
-  // Throws what went wrong with its place: rank, bucket, phase, first parameter.
-  at::Tensor finish(c10d::ProcessGroup& group);
-  at::Tensor carry();
+  // --- behind prepare(): what a lane does of a step, each behind the one before ---
+  enum class Stage : uint8_t { kFirst, kSecond, kLast };
+  // The lane that comes next; null: this one goes on.
+  CommThread* lane_of(Stage stage);
+  c10d::ProcessGroup* group_here();  // of this lane's collectives; null: it makes none
+  bool has_second() const;
+  void first();
+  void second();
+  at::Tensor last();
+  // All of them here, or those that are left: the averaged bucket.
+  at::Tensor all_stages(c10d::ProcessGroup& group);
+  // f(), of a stage with collectives over `group`. Throws what went wrong with its place: rank,
+  // bucket, phase, first parameter.
+  template <class F>
+  auto guarded(c10d::ProcessGroup* group, const F& f);
   void start_dense();
   at::Tensor result();
   // Throws where this step has left ranks with other rows or another result. A collective.
@@ -93,6 +106,7 @@ class BucketExchange final : public Step, public CommThread::Job {
   BucketState& state_;
   Collectives collectives_;
   c10::intrusive_ptr<c10::ivalue::Future> future_;
+  Stage stage_ = Stage::kFirst;
   int64_t index_ = 0;
   uint64_t number_ = 0;
   Mode mode_ = Mode::kCompress;

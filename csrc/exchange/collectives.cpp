@@ -47,8 +47,8 @@ void Collectives::all_gather(at::Tensor& gathered, at::Tensor& message) {
 }
 
 void Collectives::wait(c10d::Work& work) {
-  if (comm_thread_.is_current()) {
-    comm_thread_.wait(work);
+  if (CommThread* lane = lanes_.current()) {
+    lane->wait(work);
   } else {
     work.wait();
   }

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "exchange/comm_thread.h"
+#include "exchange/lanes.h"
 #include "exchange/metrics.h"
 
 namespace c10d {
@@ -17,7 +17,7 @@ namespace arc_topk {
 
 class Collectives {
  public:
-  explicit Collectives(CommThread& comm_thread) : comm_thread_(comm_thread) {}
+  explicit Collectives(Lanes& lanes) : lanes_(lanes) {}
 
   // The group of what follows, and where its bytes are counted.
   void begin(c10d::ProcessGroup& group, Metrics& metrics);
@@ -33,7 +33,7 @@ class Collectives {
   void wait(c10d::Work& work);
   void count(int64_t wire_bytes, double link_bytes);
 
-  CommThread& comm_thread_;
+  Lanes& lanes_;
   c10d::ProcessGroup* group_ = nullptr;
   Metrics* metrics_ = nullptr;
 };

@@ -82,7 +82,7 @@ BucketExchange& Exchange::exchange_of(const at::Tensor& buffer, const Parameters
 // when DDP rebuilds its buckets: those of the step before have all ended.)
 void Exchange::drain() {
   const Lifecycle::Draining draining(shared_.lifecycle);
-  shared_.comm_thread.drain();
+  shared_.lanes.drain();
 }
 
 c10::intrusive_ptr<c10::ivalue::Future> Exchange::start(const at::Tensor& buffer,
@@ -142,11 +142,12 @@ void Exchange::stop() {
 }
 
 void Exchange::halt() noexcept {
-  // From a future's callback: that is the job that runs, and no other can end meanwhile.
-  const bool idle = !shared_.comm_thread.is_current() && shared_.comm_thread.drain(kGrace);
+  // From a future's callback: that is a job that runs, and those behind it cannot end meanwhile.
+  const bool idle = shared_.lanes.current() == nullptr && shared_.lanes.drain(kGrace);
   shared_.lifecycle.close();
-  shared_.comm_thread.stop();
-  let_go(std::move(shared_.groups.comm), !idle);
+  shared_.lanes.stop();
+  let_go(std::move(shared_.groups.first), !idle);
+  let_go(std::move(shared_.groups.second), !idle);
 }
 
 void Exchange::resume(Groups groups, uint64_t exchanges, bool afresh) {

@@ -47,7 +47,7 @@ class Exchange {
   void check_idle() const;
   // Multiplies all error feedback. Not while a bucket is in the air.
   void rescale(double factor);
-  // Gives up what is in the air, after a second's grace, and the group of the communication thread.
+  // Gives up what is in the air, after a second's grace, and the groups of the lanes.
   // Buckets are refused until resume().
   void stop();
   Standing standing() const { return shared_.store.standing(); }

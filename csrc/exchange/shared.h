@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "config.h"
-#include "exchange/comm_thread.h"
+#include "exchange/lanes.h"
 #include "exchange/lifecycle.h"
 #include "exchange/metrics.h"
 #include "exchange/projection.h"
@@ -24,10 +24,14 @@ namespace arc_topk {
 struct Groups {
   // Whose ranks are averaged; the caller's own thread uses it.
   c10::intrusive_ptr<c10d::ProcessGroup> main;
-  // The same ranks in a group of the communication thread's own, so that nobody else's collectives
-  // come between. Null where a collective of `main` only queues itself on the current stream
-  // (NCCL): then all of a bucket is queued from the caller's thread, and no thread is needed.
-  c10::intrusive_ptr<c10d::ProcessGroup> comm;
+  // The same ranks in groups of the lanes' own, so that nobody else's collectives come between.
+  // Null where a collective of `main` only queues itself on the current stream (NCCL): then all of
+  // a bucket is queued from the caller's thread, and no thread is needed. Without a second one all
+  // collectives go over the first, bucket after bucket.
+  c10::intrusive_ptr<c10d::ProcessGroup> first{};
+  c10::intrusive_ptr<c10d::ProcessGroup> second{};
+
+  bool block() const { return first != nullptr; }  // collectives, whoever makes them
 };
 
 struct Shared {
@@ -46,7 +50,7 @@ struct Shared {
   SharedProjection projection;
   Lifecycle lifecycle;
   MetricsSum metrics;
-  CommThread comm_thread;
+  Lanes lanes;
 };
 
 }  // namespace arc_topk

@@ -19,75 +19,15 @@
 
 #include "error_of.h"
 #include "exchange/exchange.h"
+#include "gated_group.h"
 
 namespace arc_topk {
 namespace {
 
 using ::arc_topk::testing::error_of;
+using ::arc_topk::testing::Future;
+using ::arc_topk::testing::GatedGroup;
 using std::chrono::steady_clock;
-using Future = c10::intrusive_ptr<c10::ivalue::Future>;
-
-// One rank, whose collectives are done once the gate is open; until then they hang, as they do
-// where another rank never comes.
-class GatedGroup final : public c10d::ProcessGroup {
- public:
-  GatedGroup() : ProcessGroup(0, 1) {}
-  // Goes only once its threads are through, as Gloo does: it would hang with them.
-  ~GatedGroup() override {
-    open();
-    for (std::thread& thread : threads_) thread.join();
-    ++gone;
-  }
-
-  c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
-                                           const c10d::AllreduceOptions&) override {
-    if (refuses) throw std::runtime_error("the group refuses");
-    auto work = c10::make_intrusive<GatedWork>(tensors);
-    const std::lock_guard lock(mutex_);
-    ++collectives;
-    threads_.emplace_back([this, work, tensors] {
-      std::unique_lock gate(mutex_);
-      opened_.wait(gate, [this] { return open_; });
-      gate.unlock();
-      work->future->markCompleted(tensors);
-    });
-    return work;
-  }
-  const std::string getBackendName() const override { return "gated"; }
-
-  void open() { set(true); }
-  void close() { set(false); }
-
-  std::atomic<int> collectives{0};
-  bool refuses = false;
-  static inline std::atomic<int> gone{0};
-
- private:
-  struct GatedWork final : c10d::Work {
-    explicit GatedWork(const std::vector<at::Tensor>&)
-        : future(c10::make_intrusive<c10::ivalue::Future>(
-              c10::ListType::create(c10::TensorType::get()))) {}
-    bool isCompleted() override { return future->completed(); }
-    bool wait(std::chrono::milliseconds) override {
-      future->wait();
-      return true;
-    }
-    Future getFuture() override { return future; }
-    const Future future;
-  };
-  void set(bool open) {
-    {
-      const std::lock_guard lock(mutex_);
-      open_ = open;
-    }
-    opened_.notify_all();
-  }
-
-  std::mutex mutex_;
-  std::condition_variable opened_;
-  bool open_ = true;
-  std::vector<std::thread> threads_;
-};
 
 struct OneBucket {
   explicit OneBucket(int64_t rows = 64) : parameters{at::empty({rows, 16}), at::empty({5})} {
