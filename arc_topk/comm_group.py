@@ -1,4 +1,4 @@
-"""The process group of the engine's own thread."""
+"""Process groups of the engine's own threads."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Transport:
     Attributes:
         name: for people: ``"gloo"``, ``"nccl2"``, ``"gloo, staged through the host"``.
         queued: on the process group itself, by collectives that only queue themselves on the GPU's
-            stream; else on a Gloo group of the engine's own thread.
+            stream; else on Gloo groups of the engine's own threads.
         timeout: of the device's backend.
     """
 

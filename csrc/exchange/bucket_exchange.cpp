@@ -73,6 +73,7 @@ c10::intrusive_ptr<c10::ivalue::Future> BucketExchange::start(const at::Tensor& 
   begin(buffer, index, result_in_buffer);
   try {
     if (mode_ == Mode::kAverage) return average();
+    if (shared_.groups.block()) shared_.lanes.start();
     prepare();
     auto future = promise();
     stage_ = Stage::kFirst;
@@ -94,7 +95,7 @@ at::Tensor BucketExchange::run_here(const at::Tensor& buffer) {
   const auto whole = [&](void* stream) {
     state_.bucket.stream = stream;
     mode_ == Mode::kAverage ? limit_spike() : fill_payload();
-    return all_stages(*shared_.groups.main);
+    return all_stages(*shared_.groups.main, *shared_.groups.main);
   };
   try {
     Streams* const queues = streams();
@@ -159,12 +160,16 @@ void BucketExchange::run() noexcept {
     if (Streams* const queues = streams()) {
       const auto stages = [&](void* stream) {
         state_.bucket.stream = stream;
-        return all_stages(shared_.groups.block() ? *shared_.groups.first : *shared_.groups.main);
+        // The groups of a rank without streams: it may be among the others.
+        const Groups& groups = shared_.groups;
+        if (!groups.block()) return all_stages(*groups.main, *groups.main);
+        return all_stages(*groups.first, groups.second ? *groups.second : *groups.first);
       };
       // The future remembers the stream that is current now: whoever waits for it waits for that.
       return queues->communicate(*events_, stages, complete);
     }
-    if (!shared_.groups.block()) return complete(all_stages(*shared_.groups.main));
+    if (!shared_.groups.block())
+      return complete(all_stages(*shared_.groups.main, *shared_.groups.main));
     for (;;) {
       if (stage_ == Stage::kLast) return complete(guarded(group_here(), [&] { return last(); }));
       if (stage_ == Stage::kFirst) {
@@ -249,9 +254,10 @@ void BucketExchange::fill_payload() {
   leave();
 }
 
-at::Tensor BucketExchange::all_stages(c10d::ProcessGroup& group) {
-  return guarded(&group, [&] {
-    first();
+at::Tensor BucketExchange::all_stages(c10d::ProcessGroup& one, c10d::ProcessGroup& two) {
+  guarded(&one, [&] { first(); });
+  if (!has_second()) return guarded(&one, [&] { return last(); });
+  return guarded(&two, [&] {
     second();
     return last();
   });

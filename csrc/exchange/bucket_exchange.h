@@ -1,5 +1,5 @@
 // The exchange of one bucket: carries it through one step after the other, on the thread that
-// prepares and then on the communication thread. Made once per bucket and used again every step.
+// prepares and then on the lanes. Made once per bucket and used again every step.
 #pragma once
 
 #include <ATen/ThreadLocalState.h>
@@ -80,8 +80,8 @@ class BucketExchange final : public Step, public CommThread::Job {
   void first();
   void second();
   at::Tensor last();
-  // All of them here, or those that are left: the averaged bucket.
-  at::Tensor all_stages(c10d::ProcessGroup& group);
+  // All of them here, over one group and the other: the averaged bucket.
+  at::Tensor all_stages(c10d::ProcessGroup& one, c10d::ProcessGroup& two);
   // f(), of a stage with collectives over `group`. Throws what went wrong with its place: rank,
   // bucket, phase, first parameter.
   template <class F>
@@ -115,7 +115,7 @@ class BucketExchange final : public Step, public CommThread::Job {
 
   std::optional<SpikeLimit> spike_limit_;
   std::optional<BucketEvents> events_;  // where the device has streams
-  // The caller's, while somebody profiles: the communication thread then shows up as well.
+  // The caller's, while somebody profiles: lanes then show up as well.
   std::optional<at::ThreadLocalState> profiled_;
 
   TraceRange range_;

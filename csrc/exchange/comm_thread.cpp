@@ -13,18 +13,38 @@ struct CommThread::Queue {
   std::condition_variable changed;  // anything below, or a collective has ended
   Job* head = nullptr;
   Job* tail = nullptr;
-  bool running = false;  // a job
-  bool stopping = false;
+  bool running = false;     // a job
+  uint64_t generation = 0;  // counts stops: a thread is through once it is not its own any more
 
   bool idle() const { return head == nullptr && !running; }
 };
+
+namespace {
+
+// Whose thread this is. The queue lives as long as its threads.
+struct Here {
+  const void* queue = nullptr;
+  uint64_t generation = 0;
+};
+thread_local Here here;
+
+}  // namespace
 
 CommThread::CommThread() : queue_(std::make_shared<Queue>()) {}
 
 CommThread::~CommThread() { stop(); }
 
+void CommThread::start() {
+  if (thread_.joinable()) return;
+  uint64_t generation = 0;
+  {
+    const std::lock_guard lock(queue_->mutex);
+    generation = queue_->generation;
+  }
+  thread_ = std::thread([queue = queue_, generation] { loop(queue, generation); });
+}
+
 void CommThread::submit(Job& job) {
-  if (!thread_.joinable()) thread_ = std::thread([queue = queue_] { loop(queue); });
   Queue& queue = *queue_;
   {
     const std::lock_guard lock(queue.mutex);
@@ -51,11 +71,11 @@ bool CommThread::drain(std::optional<std::chrono::milliseconds> at_most) {
 
 void CommThread::stop() {
   if (!thread_.joinable()) return;
-  const std::shared_ptr<Queue> queue = std::exchange(queue_, std::make_shared<Queue>());
+  const std::shared_ptr<Queue> queue = queue_;
   Job* left = nullptr;
   {
     const std::lock_guard lock(queue->mutex);
-    queue->stopping = true;
+    ++queue->generation;
     left = std::exchange(queue->head, nullptr);
   }
   queue->changed.notify_all();
@@ -63,6 +83,10 @@ void CommThread::stop() {
     thread_.detach();
   } else {
     thread_.join();
+  }
+  {
+    const std::lock_guard lock(queue->mutex);
+    queue->running = false;
   }
   while (left != nullptr) std::exchange(left, left->next_)->give_up();
 }
@@ -78,7 +102,8 @@ void CommThread::wait(c10d::Work& work) {
     };
     future->addCallback(wake, /*uses_future=*/false);
     std::unique_lock lock(queue->mutex);
-    queue->changed.wait(lock, [&] { return future->completed() || queue->stopping; });
+    const uint64_t mine = here.generation;
+    queue->changed.wait(lock, [&] { return future->completed() || queue->generation != mine; });
     if (!future->completed()) {
       throw std::runtime_error(
           "given up while it waited for the other ranks: the engine was let go");
@@ -87,17 +112,24 @@ void CommThread::wait(c10d::Work& work) {
   work.wait();
 }
 
-bool CommThread::is_current() const { return thread_.get_id() == std::this_thread::get_id(); }
+bool CommThread::is_current() const {
+  if (here.queue != queue_.get()) return false;
+  const std::lock_guard lock(queue_->mutex);
+  return here.generation == queue_->generation;
+}
 
-void CommThread::loop(const std::shared_ptr<Queue>& queue) {
+void CommThread::loop(const std::shared_ptr<Queue>& queue, uint64_t generation) {
+  here = {queue.get(), generation};
   for (;;) {
     Job* job = nullptr;
     {
       std::unique_lock lock(queue->mutex);
+      if (queue->generation != generation) return;
       queue->running = false;
       if (queue->head == nullptr) queue->changed.notify_all();
-      queue->changed.wait(lock, [&] { return queue->head != nullptr || queue->stopping; });
-      if (queue->stopping) return;
+      queue->changed.wait(
+          lock, [&] { return queue->head != nullptr || queue->generation != generation; });
+      if (queue->generation != generation) return;
       job = queue->head;
       queue->head = job->next_;
       queue->running = true;

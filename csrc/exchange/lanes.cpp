@@ -4,6 +4,10 @@
 
 namespace arc_topk {
 
+void Lanes::start() {
+  for (CommThread* lane : all()) lane->start();
+}
+
 // A lane that is idle hands on nothing more.
 bool Lanes::drain(std::optional<std::chrono::milliseconds> at_most) {
   if (CommThread* here = current()) return here->drain(at_most);  // which says what is wrong

@@ -18,6 +18,9 @@ struct Lanes {
   CommThread second;  // the second
   CommThread last;    // the result, and whoever waits for it
 
+  // All of them, before a bucket sets out: one that could not go on would leave other ranks
+  // waiting, or their next bucket meeting its own. Throws where no thread can be had.
+  void start();
   // Waits until all that was submitted has gone through; whether it has, before the time was up.
   bool drain(std::optional<std::chrono::milliseconds> at_most = std::nullopt);
   // CommThread::stop() of all.

@@ -37,6 +37,7 @@ TEST(CommThread, RunsInOrderOnOneThread) {
   for (int i = 0; i < 200; ++i) notes.push_back(std::make_unique<Note>(order, i));
   {
     CommThread thread;
+    thread.start();
     for (const auto& note : notes) thread.submit(*note);
     EXPECT_TRUE(thread.drain());
   }
@@ -53,6 +54,7 @@ TEST(CommThread, AJobCanBeSubmittedAgainOnceItHasRun) {
   Note note(order, 1);
   CommThread thread;
   for (int i = 1; i <= 50; ++i) {
+    thread.start();
     thread.submit(note);
     while (note.runs.load() < i) std::this_thread::yield();
   }

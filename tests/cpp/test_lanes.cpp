@@ -80,6 +80,29 @@ TEST_F(LanesTest, EachGroupsCollectivesAreInTheOrderOfTheBuckets) {
   }
 }
 
+// Buckets of one collective and of two come to the last lane by different ways.
+TEST(Lanes, BucketsWithAndWithoutASecondCollectiveMix) {
+  Config config;
+  config.wire_dtype = DType::kBF16;
+  config.sketch_dtype = DType::kBF16;
+  const OneBucket matrix(64);
+  const std::vector<at::Tensor> vector{at::empty({7})};
+  const at::Tensor gradient = at::randn({7});
+  for (int engine = 0; engine < 50; ++engine) {
+    const auto first = c10::make_intrusive<GatedGroup>(),
+               second = c10::make_intrusive<GatedGroup>();
+    Exchange exchange(config, Groups{c10::make_intrusive<GatedGroup>(), first, second});
+    for (int step = 0; step < 2; ++step) {
+      const Future one = exchange.start(matrix.gradient, matrix.parameters, 0);
+      const Future two = exchange.start(gradient, vector, 1);
+      one->waitAndThrow();
+      two->waitAndThrow();
+    }
+    ASSERT_EQ(first->collectives, 4);
+    ASSERT_EQ(second->collectives, 2);
+  }
+}
+
 class OneCollectiveTest : public LanesTest {
  protected:
   static Config rand_k() {
