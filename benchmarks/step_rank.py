@@ -181,9 +181,10 @@ def measure(
             sent, cpu, begin = sent_bytes(), time.process_time(), time.perf_counter()
             stepper.step()
             seconds = time.perf_counter() - begin
-            cpu, sent = time.process_time() - cpu, sent_bytes() - sent
+            cpu = time.process_time() - cpu
             seconds = over_ranks(seconds, dist.ReduceOp.MAX)
             cpu = over_ranks(cpu, dist.ReduceOp.SUM)
+            sent = sent_bytes() - sent  # only now all of it has left
             advance(stepper.hook.name)
             if number < WARM_UP:
                 continue

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=METHODS, default=DEFAULT)
     add("--ranks", type=int, default=4, help="default %(default)s")
     add("--rates", nargs="+", default=["1gbit"], help="of the links: 100mbit, 1gbit, none")
-    add("--delay", default="", help="one way, of every packet: 20ms")
+    add("--delay", default="none", help="one way, of every packet: 20ms")
     add("--replay", type=float, nargs="+", default=[], metavar="MS", help="default 100")
     add("--train", action="store_true", help="a real backward pass")
     add("--tokens", type=int, default=128, help="of a real step, a rank (default %(default)s)")
@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
     for name, values, unit in (("rates", args.rates, rate), ("delay", [args.delay], seconds)):
         for text in values:
             try:
-                if text not in ("", "none"):
+                if text != "none":
                     unit(text)
             except ValueError as error:
                 p.error(f"--{name} {error}, or none")
@@ -99,7 +99,8 @@ def parse() -> argparse.Namespace:
 def measure(args: argparse.Namespace, text: str, folder: Path, console: Console) -> dict[str, Any]:
     """All cells of one link."""
     bits = None if text == "none" else rate(text)
-    with Network(args.ranks, bits, seconds(args.delay) if args.delay else 0.0) as network:
+    delay = 0.0 if args.delay == "none" else seconds(args.delay)
+    with Network(args.ranks, bits, delay) as network:
         link = measure_link(network)
         if not args.any_rate:
             check(network, link)
@@ -134,9 +135,10 @@ def main() -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 150  # a file has no edge to wrap at
+    links: list[dict[str, Any]] = []
+    status = 0
     try:
         become_root(Path(__file__), sys.argv[1:])
-        links = []
         with tempfile.TemporaryDirectory() as folder:
             for text in args.rates:
                 links.append(measure(args, text, Path(folder), console))
@@ -144,9 +146,11 @@ def main() -> int:
                     console.print(shown)
     except LabError as error:
         console.print(f"step_time: {error}", style="red")
-        return 2
+        status = 2
     except KeyboardInterrupt:
-        return 130
+        status = 130
+    if not links:
+        return status
     if args.json:
         report = {
             "command": ["python", "benchmarks/step_time.py", *sys.argv[1:]],
@@ -156,7 +160,7 @@ def main() -> int:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.png:
         draw(links, args.png)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def main() -> int:
     options = p.parse_args()
     if not 1 <= options.ranks <= 250:
         p.error(f"--ranks is {options.ranks}; expected 1 to 250")
+    # Both clean up; a shell that starts it in the background has had interrupts ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up, too
     try:
         become_root("benchmarks.netlab", sys.argv[1:])

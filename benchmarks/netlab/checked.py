@@ -39,7 +39,10 @@ def measure(network: Network) -> Link:
     with subprocess.Popen(far, stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         server.stdout.readline()
-        found = json.loads(network.ranks[0].run(sys.executable, script, "measure", *address))
+        try:
+            found = json.loads(network.ranks[0].run(sys.executable, script, "measure", *address))
+        finally:
+            server.kill()  # which waits for a connection that may never come
     return Link(found["rate"], found["round_trip"])
 
 
