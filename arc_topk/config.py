@@ -29,7 +29,10 @@ class Config:
 
     Attributes:
         compressor: ``"arc_topk"`` (arXiv 2510.26709), ``"low_rank"`` (PowerSGD's form: Vogels,
-            Karimireddy, Jaggi, NeurIPS 2019), ``"top_k"``, ``"rand_k"`` or ``"dense"``.
+            Karimireddy, Jaggi, NeurIPS 2019), ``"top_k"``, ``"rand_k"`` or ``"dense"``. ARC-Top-K
+            is the default because its time is small and the same at every ratio. On bytes it loses
+            as little as low rank at 10 % of dense bytes, and much more at 2.5 % (docs/results.md);
+            low rank's time grows with its columns (docs/algorithm.md).
         feedback: ``"ef14"``, ``"ef21"``, ``"ef21m"`` (the paper's, EF21-SGDM of Fatkhullin et al.,
             NeurIPS 2023) or ``"none"``. EF14 is the default because it reached lower losses at
             equal bytes in every trial of ours, with half of EF21M's state: docs/algorithm.md.
