@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sketch-dtype", choices=("bfloat16",),
         help="what sketches and first factors travel in (default: float32)")  # fmt: skip
     add("--start-step", type=int, default=0,
-        help="steps of plain averaging before compression begins (default %(default)s)")  # fmt: skip
+        help="steps of plain averaging before compression (default %(default)s)")  # fmt: skip
 
     group = p.add_argument_group("training")
     add = group.add_argument
