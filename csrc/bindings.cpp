@@ -57,8 +57,8 @@ Config make_config(std::string compressor, const std::string& feedback, double r
           resync_every};
 }
 
-// A lane may need the GIL to finish (a Python callback on a future): whoever lets the engine go must
-// not hold it while joining that thread.
+// A lane may need the GIL to finish (a Python callback on a future): whoever lets the engine go
+// must not hold it while joining that thread.
 struct DeleteWithoutGil {
   void operator()(Exchange* exchange) const {
     if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) {
