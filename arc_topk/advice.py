@@ -245,4 +245,5 @@ def _agreed(mine: list[float], group: dist.ProcessGroup, device: torch.device) -
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"

@@ -54,7 +54,11 @@ def test_all_ranks_get_one_advice(ranks: Ranks, compressor: str) -> None:
 def test_a_slow_link_is_worth_it_and_a_fast_one_is_not(ranks: Ranks) -> None:
     for advice, text in ranks.run(advised, SLOW, {"ratio": 0.05}):
         assert advice.worth_it and advice.saves > 0
-        assert "Compression would save about" in text and "where backward does not hide it" in text
+        assert (
+            "sums 1 MB/s" in text
+            and "Compression would save about" in text
+            and "where backward does not hide it" in text
+        )
         assert advice.dense == pytest.approx(1e-3 + advice.dense_bytes / 1e6)
     for advice, text in ranks.run(advised, FAST, {"ratio": 0.05}):
         assert not advice.worth_it
@@ -65,6 +69,12 @@ def test_gathering_costs_what_a_link_sends(pools: Any) -> None:
     (advice, _), *_ = pools.of(4).run(advised, (0.0, 1e6), {"compressor": "top_k", "ratio": 0.1})
     # N - 1 times a rank's bytes, where an all-reduce sends 2 (N - 1) / N times them.
     assert advice.compressed - advice.compute == pytest.approx(2 * advice.wire_bytes / 1e6)
+
+
+def test_times_are_told_as_people_write_them() -> None:
+    assert [module._ms(s) for s in (2.384, 0.1, 0.0181, 5e-6)] == [
+        "2,384 ms", "100 ms", "18.1 ms", "0.005 ms",
+    ]  # fmt: skip
 
 
 def run_with_step(rank: int, world_size: int) -> tuple[arc_topk.Advice, int, str]:
