@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -13,10 +14,12 @@ import torch
 import torch.distributed as dist
 from typing_extensions import Unpack
 
-from arc_topk.checks import check_hookable, ddp_in
+from arc_topk.agreement import agree, describe_tensors
+from arc_topk.checks import check_hookable, ddp_in, unservable_parameter
 from arc_topk.config import Config, Fields, config_from
 from arc_topk.exchange import GradientExchange
-from arc_topk.groups import current
+from arc_topk.groups import current, timeout_of
+from arc_topk.meeting import WAIT
 from arc_topk.plan import make_plan
 
 LARGE = 8 << 20  # bytes of the larger all-reduce that is timed: beyond what latency decides
@@ -113,47 +116,81 @@ def advise(
         The same advice on every rank.
 
     Raises:
-        TypeError, ValueError: as `register`; for the compressor "dense", which saves nothing.
-        RuntimeError: not all ranks have come.
+        TypeError, ValueError: as `register`, on every rank, whichever rank it happened on; for the
+            compressor "dense", which saves nothing; where some ranks give a step and others do not.
+        RuntimeError: a rank has not called it within a minute.
     """
     wrapped = ddp_in(ddp)
-    check_hookable(wrapped)
-    config = config_from(config, fields)
-    if config.compressor == "dense":
-        raise ValueError("compressor is 'dense', which saves nothing; expected another one")
-    group = wrapped.process_group
     named = [
         (name, parameter)
         for name, parameter in wrapped.module.named_parameters()
         if parameter.requires_grad and name not in wrapped.parameters_to_ignore
     ]
-    sample = _sample([tensor for _, tensor in named])
-    exchange = GradientExchange(sample, config, group)  # ranks that differ raise here
+    error: Exception | None = None
+    try:
+        config = config_from(config, fields)
+        check_hookable(wrapped)
+        if config.compressor == "dense":
+            raise ValueError("compressor is 'dense', which saves nothing; expected another one")
+        error = unservable_parameter(wrapped, named)
+    except Exception as found:  # whatever it is: the other ranks must learn of it
+        error = found
+    group, device = wrapped.process_group, wrapped.device
+    agree(
+        None if error else config,
+        describe_tensors(named),
+        error,
+        group,
+        call="advise(ddp)",
+        wait=min(timeout_of(group), WAIT),
+        device=device,
+        facts={"step (given or not)": "None" if step is None else "given"},
+    )
+    assert config is not None
+
     plan = make_plan(config, named, group.size())
     numel = sum(tensor.numel() for _, tensor in named)
     buckets = max(1, math.ceil(plan.dense_bytes / wrapped.bucket_bytes_cap))
-
-    with current(sample[0].device):
-        latency, bandwidth = _link(group, sample[0].device)
-        share = numel / sum(tensor.numel() for tensor in sample)
-        compute, link_cost = _compute(exchange, sample, group.size(), (latency, bandwidth))
-        compute *= share
-        exposed = _exposed(wrapped, step) if step is not None else None
-    dense = buckets * latency + plan.dense_bytes / bandwidth
-    collectives = 1 if config.compressor in ("rand_k", "top_k") else 2
-    wire = plan.wire_bytes * link_cost / bandwidth
-    compressed = compute + collectives * buckets * latency + wire
-    mine = [latency, bandwidth, dense, compute, compressed, exposed if exposed is not None else -1]
-    latency, bandwidth, dense, compute, compressed, slowest = _agreed(mine, group, sample[0].device)
-    exposed = None if exposed is None else slowest
+    with current(device):
+        link = _Link(*_slowest(_link(group, device), group, device))
+        hook = _hook([tensor for _, tensor in named], config, group, link)
+        exposed = None if step is None else _exposed(wrapped, step)
+        compute, delta = _slowest([hook.seconds * numel, exposed or 0.0], group, device)
+    exposed = None if exposed is None else delta
+    dense = link.seconds(buckets, plan.dense_bytes)
+    sent = plan.wire_bytes * hook.link_cost
+    compressed = compute + link.seconds(hook.collectives * buckets, sent)
     # What backward hides of the one it hides of the other; the last bucket's share is never hidden.
     hidden = 0.0 if exposed is None else max(0.0, dense - exposed)
     left = max(compressed - hidden, compressed / buckets)
     saves = (dense if exposed is None else exposed) - left
     return Advice(
-        group.size(), numel, plan.dense_bytes, plan.wire_bytes, latency, bandwidth, dense, compute,
-        compressed, exposed, saves, config,
+        group.size(), numel, plan.dense_bytes, plan.wire_bytes, link.latency, 1 / link.a_byte,
+        dense, compute, compressed, exposed, saves, config,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Link:
+    """Seconds of an all-reduce of next to nothing, and of each byte more."""
+
+    latency: float
+    a_byte: float
+
+    def seconds(self, collectives: float, size: float) -> float:
+        return collectives * self.latency + size * self.a_byte
+
+
+@dataclass(frozen=True)
+class _Hook:
+    """Seconds of its own an element; collectives a bucket; link traffic of a byte.
+
+    An all-reduce's is 1: compressors that gather send more than their bytes.
+    """
+
+    seconds: float
+    collectives: float
+    link_cost: float
 
 
 def _sample(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -176,48 +213,45 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _link(group: dist.ProcessGroup, device: torch.device) -> tuple[float, float]:
-    """Latency of an all-reduce, and its bytes a second beyond that."""
+def _link(group: dist.ProcessGroup, device: torch.device) -> list[float]:
+    """Latency of an all-reduce, and its seconds a byte beyond that."""
     small, large = (torch.zeros(n, device=device) for n in (1, LARGE // 4))
     times: dict[int, list[float]] = {1: [], LARGE: []}
     for number in range(REPEATS + 1):
         for size, tensor in ((1, small), (LARGE, large)):
-            seconds = _timed(lambda t=tensor: dist.all_reduce(t, group=group), device)  # type: ignore[misc]
+            seconds = _timed(functools.partial(dist.all_reduce, tensor, group=group), device)
             if number:
                 times[size].append(seconds)
     latency = min(times[1])
-    return latency, LARGE / max(min(times[LARGE]) - latency, 1e-9)
+    return [latency, max(min(times[LARGE]) - latency, 1e-9) / LARGE]
 
 
-def _compute(
-    exchange: GradientExchange,
-    gradients: list[torch.Tensor],
-    ranks: int,
-    link: tuple[float, float],
-) -> tuple[float, float]:
-    """The hook's own seconds, for these gradients; link traffic of a byte, an all-reduce's being 1.
-
-    Compressors that gather send more than their bytes.
-    """
-    device = gradients[0].device
-    latency, bandwidth = link
+def _hook(
+    tensors: Sequence[torch.Tensor], config: Config, group: dist.ProcessGroup, link: _Link
+) -> _Hook:
+    """Of a sample of these tensors' gradients."""
+    sample = _sample(tensors)
+    device = sample[0].device
+    exchange = GradientExchange(sample, config, group)
     metrics: dict[str, Any] = {}
-    found = []
+    link_cost, found = 1.0, []
     for number in range(WARM_UP + REPEATS):
-        tensors = [gradient.clone() for gradient in gradients]
+        gradients = [gradient.clone() for gradient in sample]
         exchange.reset_metrics()
-        seconds = _timed(lambda t=tensors: exchange.all_reduce_(t), device)  # type: ignore[misc]
+        seconds = _timed(functools.partial(exchange.all_reduce_, gradients), device)
         if number < WARM_UP:
             continue
         metrics = exchange.metrics()
+        if group.size() > 1:
+            ring = 2 * (group.size() - 1) / group.size()
+            link_cost = metrics["link_bytes"] / (ring * metrics["wire_bytes"])
         if device.type == "cpu":
             found.append(sum(metrics["seconds"][phase] for phase in COMPUTE))
         else:  # phases are those of the host, which only queues them
-            waits = metrics["collectives"] * latency + metrics["wire_bytes"] / bandwidth
+            waits = link.seconds(metrics["collectives"], metrics["wire_bytes"] * link_cost)
             found.append(max(0.0, seconds - waits))
-    ring = 2 * (ranks - 1) / ranks
-    sent = metrics["link_bytes"] / (ring * metrics["wire_bytes"]) if ring else 1.0
-    return min(found), sent
+    collectives = metrics["collectives"] / metrics["exchanges"]
+    return _Hook(min(found) / sum(t.numel() for t in sample), collectives, link_cost)
 
 
 def _exposed(ddp: Any, step: Callable[[], Any]) -> float:
@@ -234,14 +268,11 @@ def _exposed(ddp: Any, step: Callable[[], Any]) -> float:
     return max(0.0, statistics.median(pairs))
 
 
-def _agreed(mine: list[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
-    """The largest of all ranks; of the bandwidth, the second, the least."""
-    signs = [-1.0 if i == 1 else 1.0 for i in range(len(mine))]
-    values = torch.tensor(
-        [sign * value for sign, value in zip(signs, mine, strict=True)], dtype=torch.float64
-    ).to(device)
+def _slowest(mine: list[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
+    """The largest of all ranks', each: what follows from them is then the same on all."""
+    values = torch.tensor(mine, dtype=torch.float64).to(device)
     dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
-    return [sign * value for sign, value in zip(signs, values.tolist(), strict=True)]
+    return values.tolist()
 
 
 def _ms(seconds: float) -> str:

@@ -9,6 +9,7 @@ import torch
 from device import DEVICE
 from model import wrap
 from ranks import Ranks, message_of
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
@@ -17,11 +18,11 @@ from arc_topk import advice as module
 pytestmark = pytest.mark.device
 
 LAYOUTS = [torch.empty(64, 48, device="meta"), torch.empty(48, device="meta")]
-SLOW, FAST = (1e-3, 1e6), (1e-9, 1e15)  # seconds, bytes a second
+SLOW, FAST = [1e-3, 1e-6], [1e-9, 1e-15]  # seconds; seconds a byte
 
 
 def advised(
-    rank: int, world_size: int, link: tuple[float, float] | None, fields: dict[str, Any]
+    rank: int, world_size: int, link: list[float] | None, fields: dict[str, Any]
 ) -> tuple[arc_topk.Advice, str]:
     model = wrap(LAYOUTS, torch.float32)
     before = [p.detach().clone() for p in model.parameters()]
@@ -66,7 +67,7 @@ def test_a_slow_link_is_worth_it_and_a_fast_one_is_not(ranks: Ranks) -> None:
 
 
 def test_gathering_costs_what_a_link_sends(pools: Any) -> None:
-    (advice, _), *_ = pools.of(4).run(advised, (0.0, 1e6), {"compressor": "top_k", "ratio": 0.1})
+    (advice, _), *_ = pools.of(4).run(advised, [0.0, 1e-6], {"compressor": "top_k", "ratio": 0.1})
     # N - 1 times a rank's bytes, where an all-reduce sends 2 (N - 1) / N times them.
     assert advice.compressed - advice.compute == pytest.approx(2 * advice.wire_bytes / 1e6)
 
@@ -97,6 +98,27 @@ def test_a_step_tells_what_backward_hides(ranks: Ranks) -> None:
         assert calls == 2 * (1 + module.REPEATS)
         assert advice.exposed is not None and advice.exposed >= 0
         assert "a step is" in text and "where backward" not in text
+
+
+def run_on_one_rank(rank: int, world_size: int) -> list[str]:
+    model, hooked = wrap(LAYOUTS, torch.float32), wrap(LAYOUTS, torch.float32)
+    other = rank == 1
+    texts = [
+        message_of(lambda: arc_topk.advise(model, compressor="dense" if other else "arc_topk")),
+        message_of(lambda: arc_topk.advise(model, ratio=2 if other else 0.1)),
+        message_of(lambda: arc_topk.advise(model, step=None if other else int)),
+    ]
+    if other:
+        hooked.register_comm_hook(None, allreduce_hook)
+    return [*texts, message_of(lambda: arc_topk.advise(hooked))]
+
+
+def test_what_one_rank_finds_wrong_is_an_error_on_every_rank(ranks: Ranks) -> None:
+    for dense, ratio, step, hooked in ranks.run(run_on_one_rank):
+        assert "compressor is 'dense', which saves nothing" in dense
+        assert "ratio is 2" in ratio
+        assert "step (given or not)" in step and "rank 1" in step
+        assert "has a communication hook already" in hooked
 
 
 def run_refusals(rank: int, world_size: int) -> list[str]:
