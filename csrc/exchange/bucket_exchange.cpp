@@ -157,19 +157,19 @@ void BucketExchange::run() noexcept {
     std::optional<at::ThreadLocalStateGuard> profiled;
     if (shared_.groups.block() && profiled_) profiled.emplace(*profiled_);
     if (at::get_num_threads() != threads_) at::set_num_threads(threads_);
+    const Groups& groups = shared_.groups;
+    // With streams the lanes' groups as well: a rank without any may be among the others.
+    c10d::ProcessGroup& one = groups.block() ? *groups.first : *groups.main;
+    c10d::ProcessGroup& two = groups.second ? *groups.second : one;
     if (Streams* const queues = streams()) {
       const auto stages = [&](void* stream) {
         state_.bucket.stream = stream;
-        // The groups of a rank without streams: it may be among the others.
-        const Groups& groups = shared_.groups;
-        if (!groups.block()) return all_stages(*groups.main, *groups.main);
-        return all_stages(*groups.first, groups.second ? *groups.second : *groups.first);
+        return all_stages(one, two);
       };
       // The future remembers the stream that is current now: whoever waits for it waits for that.
       return queues->communicate(*events_, stages, complete);
     }
-    if (!shared_.groups.block())
-      return complete(all_stages(*shared_.groups.main, *shared_.groups.main));
+    if (!groups.block()) return complete(all_stages(one, two));
     for (;;) {
       if (stage_ == Stage::kLast) return complete(guarded(group_here(), [&] { return last(); }));
       if (stage_ == Stage::kFirst) {

@@ -1,4 +1,4 @@
-// A process group of one rank, whose collectives wait at a gate.
+// A process group of one rank, whose collectives wait at a gate; and what to exchange over it.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -79,6 +79,15 @@ class GatedGroup final : public c10d::ProcessGroup {
   std::condition_variable opened_;
   bool open_ = true;
   std::vector<std::thread> threads_;
+};
+
+// A matrix and a vector, with their gradient.
+struct OneBucket {
+  explicit OneBucket(int64_t rows = 64) : parameters{at::empty({rows, 16}), at::empty({5})} {
+    gradient = at::randn({rows * 16 + 5});
+  }
+  std::vector<at::Tensor> parameters;
+  at::Tensor gradient;
 };
 
 }  // namespace arc_topk::testing

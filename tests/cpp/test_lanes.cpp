@@ -14,13 +14,7 @@ namespace {
 
 using ::arc_topk::testing::Future;
 using ::arc_topk::testing::GatedGroup;
-
-struct OneBucket {
-  explicit OneBucket(int64_t rows)
-      : parameters{at::empty({rows, 16})}, gradient(at::randn({rows * 16})) {}
-  std::vector<at::Tensor> parameters;
-  at::Tensor gradient;
-};
+using ::arc_topk::testing::OneBucket;
 
 class LanesTest : public ::testing::Test {
  protected:

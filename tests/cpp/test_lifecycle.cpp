@@ -27,15 +27,8 @@ namespace {
 using ::arc_topk::testing::error_of;
 using ::arc_topk::testing::Future;
 using ::arc_topk::testing::GatedGroup;
+using ::arc_topk::testing::OneBucket;
 using std::chrono::steady_clock;
-
-struct OneBucket {
-  explicit OneBucket(int64_t rows = 64) : parameters{at::empty({rows, 16}), at::empty({5})} {
-    gradient = at::randn({rows * 16 + 5});
-  }
-  std::vector<at::Tensor> parameters;
-  at::Tensor gradient;
-};
 
 void expect_contains(const std::string& text, const std::string& words) {
   EXPECT_NE(text.find(words), std::string::npos) << "'" << text << "' without '" << words << "'";

@@ -78,7 +78,7 @@ class PickedAndZeros {
   int64_t start(const Stretches& x, int64_t k) const { return std::min(x.start(k), end_); }
 
   const Bucket& b_;
-  const Delivery gradient_;
+  const GradientWriter gradient_;
   const bool by_row_;
   int64_t at_;
   const int64_t end_;
@@ -155,7 +155,7 @@ inline double apply_gathered(const Bucket& b, const Piece& p, const void* messag
     SumOfSquares<T> squares;
     const Segment& s = segment_of(b, p);
     const bool shared = shares_estimate(b.feedback);
-    const Delivery gradient(b);
+    const GradientWriter gradient(b);
     const T scale = static_cast<T>(scale_of_sum(b.world_size));
     const T factor = mean_factor<T>(b) / scale;
     const int64_t picks_at = distance(message, b.picks + s.pick);
@@ -255,7 +255,7 @@ inline void apply_dense(const Bucket& b, const Piece& p, int64_t shift, int64_t 
   with_work_type(b, [&]<class T>(T) {
     const T eta = static_cast<T>(b.eta);
     const T keep = static_cast<T>(1 - b.eta);
-    const Delivery gradient(b);
+    const GradientWriter gradient(b);
     Buffers<T> buffers;
     for_chunks(range_of(b, p), [&](int64_t i, int64_t n) {
       T* mean = buffers.x;
@@ -280,7 +280,7 @@ inline void publish(const Bucket& b, const Piece& p) {
   if (b.outcome[p.segment] == Outcome::kUnused)
     return fill_zero(b.gradient, b.gradient_type, range);
   with_work_type(b, [&]<class T>(T) {
-    const Delivery gradient(b);
+    const GradientWriter gradient(b);
     alignas(64) T buffer[kChunk];
     for_chunks(range, [&](int64_t i, int64_t n) {
       const T* h = load(b.shared, b.state_type, i, n, buffer);

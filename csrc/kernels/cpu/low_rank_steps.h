@@ -323,7 +323,7 @@ inline void apply_factors(const Bucket& b, const Piece& p, Outcome outcome) {
   if (outcome != Outcome::kNormal) return fill_empty(b, outcome, range_of(b, p));
   with_work_type(b, [&]<class T>(T) {
     const Segment& s = segment_of(b, p);
-    const Delivery gradient(b);
+    const GradientWriter gradient(b);
     const bool is_result = b.gradient_type == kTypeOf<T> && b.loss_scale == nullptr;
     Blocks<T> blocks;
     T* c[kBlockRows];

@@ -1,14 +1,16 @@
 // The K largest of m keys, without sorting.
 //
-//   1. A sample tells between which two keys the K-th largest is, very likely: about 5 % of all
-//   keys
-//      lie there. (Where there are few keys, or it was wrong, 3. is of all of them.)
-//   2. One pass counts the keys above and copies those between.
-//   3. Radix selection among these: counted by their leading 11 bits, from the largest bin down,
-//      until K is reached; again for the next 11 bits of the keys within that bin, until all bits
-//      of the threshold are known. It is the smallest key that is kept.
-//   4. One pass in order of index takes what is above the threshold, and as many equal keys as are
-//      left: of equal keys the smaller index wins.
+// 1. A sample tells between which two keys the K-th largest is, very likely: some percent of all
+// keys lie there. Where there are few keys, or it was wrong, 3. is of all of them.
+//
+// 2. One pass counts the keys above and copies those between.
+//
+// 3. Radix selection among these: counted by their leading 11 bits, from the largest bin down,
+// until K is reached; again for the next 11 bits of the keys within that bin, until all bits of the
+// threshold are known. It is the smallest key that is kept.
+//
+// 4. One pass in order of index takes what is above the threshold, and as many equal keys as are
+// left: of equal keys the smaller index wins.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +24,7 @@ namespace arc_topk::cpu::ARC_TOPK_ISA {
 
 // The bits of `data` that count.
 template <class Key>
-struct Keys32Or64 {
+struct MaskedKeys {
   const Key* data;
   Key mask;
   int64_t count;
@@ -38,7 +40,7 @@ struct Threshold {
 
 // Of keys whose bits but for the last `unknown` ones are those of `known`.
 template <class Key>
-inline Threshold<Key> find_threshold(const Keys32Or64<Key>& keys, int64_t kept, Key known = 0,
+inline Threshold<Key> find_threshold(const MaskedKeys<Key>& keys, int64_t kept, Key known = 0,
                                      int unknown = 8 * sizeof(Key)) {
   constexpr int kDigitBits = 11;
   constexpr int kBins = 1 << kDigitBits;
@@ -71,7 +73,7 @@ struct Split {
 };
 
 template <class Key>
-inline bool split_some(const Keys32Or64<Key>& keys, int64_t from, Key low, Key high, Key* between,
+inline bool split_some(const MaskedKeys<Key>& keys, int64_t from, Key low, Key high, Key* between,
                        int64_t room, Split<Key>& split) {
   for (int64_t i = from; i < keys.count; ++i) {
     const Key key = keys[i];
@@ -85,7 +87,7 @@ inline bool split_some(const Keys32Or64<Key>& keys, int64_t from, Key low, Key h
 
 // Writes the index of every key above the threshold and of the first `equal` that are equal to it.
 template <class Key>
-inline void take_some(const Keys32Or64<Key>& keys, int64_t from, int64_t end,
+inline void take_some(const MaskedKeys<Key>& keys, int64_t from, int64_t end,
                       const Threshold<Key>& threshold, int64_t kept, int64_t& equal, int64_t& found,
                       int32_t* picks) {
   for (int64_t i = from; i < end && found < kept; ++i) {
@@ -101,7 +103,7 @@ constexpr int64_t kAhead = 2048;  // bytes that a pass asks for ahead of time
 #if defined(__AVX512F__)
 constexpr int64_t kKeysAtOnce = 16;
 
-inline int64_t split_registers(const Keys32Or64<uint32_t> keys, uint32_t low, uint32_t high,
+inline int64_t split_registers(const MaskedKeys<uint32_t> keys, uint32_t low, uint32_t high,
                                uint32_t* between, int64_t room, Split<uint32_t>& split) {
   const __m512i mask = _mm512_set1_epi32(static_cast<int>(keys.mask));
   const __m512i lows = _mm512_set1_epi32(static_cast<int>(low));
@@ -119,7 +121,7 @@ inline int64_t split_registers(const Keys32Or64<uint32_t> keys, uint32_t low, ui
   return i;
 }
 
-inline int64_t take_registers(const Keys32Or64<uint32_t> keys, const Threshold<uint32_t>& threshold,
+inline int64_t take_registers(const MaskedKeys<uint32_t> keys, const Threshold<uint32_t>& threshold,
                               int64_t kept, int64_t& equal, int64_t& found, int32_t* picks) {
   const __m512i mask = _mm512_set1_epi32(static_cast<int>(keys.mask));
   const __m512i key = _mm512_set1_epi32(static_cast<int>(threshold.key));
@@ -170,12 +172,12 @@ inline unsigned lanes_of(__m256i x) {
 
 // Comparisons are of signed numbers only: the order of unsigned ones with their first bit turned.
 inline __m256i turned(__m256i x) { return _mm256_xor_si256(x, _mm256_set1_epi32(INT32_MIN)); }
-inline __m256i load_turned(const Keys32Or64<uint32_t>& keys, int64_t i) {
+inline __m256i load_turned(const MaskedKeys<uint32_t>& keys, int64_t i) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys.data + i));
   return turned(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(keys.mask))));
 }
 
-inline int64_t split_registers(const Keys32Or64<uint32_t> keys, uint32_t low, uint32_t high,
+inline int64_t split_registers(const MaskedKeys<uint32_t> keys, uint32_t low, uint32_t high,
                                uint32_t* between, int64_t room, Split<uint32_t>& split) {
   const __m256i lows = turned(_mm256_set1_epi32(static_cast<int>(low)));
   const __m256i highs = turned(_mm256_set1_epi32(static_cast<int>(high)));
@@ -193,7 +195,7 @@ inline int64_t split_registers(const Keys32Or64<uint32_t> keys, uint32_t low, ui
   return i;
 }
 
-inline int64_t take_registers(const Keys32Or64<uint32_t> keys, const Threshold<uint32_t>& threshold,
+inline int64_t take_registers(const MaskedKeys<uint32_t> keys, const Threshold<uint32_t>& threshold,
                               int64_t kept, int64_t& equal, int64_t& found, int32_t* picks) {
   const __m256i key = turned(_mm256_set1_epi32(static_cast<int>(threshold.key)));
   __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -215,7 +217,7 @@ inline int64_t take_registers(const Keys32Or64<uint32_t> keys, const Threshold<u
 #endif
 
 template <class Key>
-inline bool split(const Keys32Or64<Key>& keys, Key low, Key high, Key* between, int64_t room,
+inline bool split(const MaskedKeys<Key>& keys, Key low, Key high, Key* between, int64_t room,
                   Split<Key>& found) {
   int64_t from = 0;
 #if defined(__AVX2__)
@@ -225,7 +227,7 @@ inline bool split(const Keys32Or64<Key>& keys, Key low, Key high, Key* between, 
 }
 
 template <class Key>
-inline void take(const Keys32Or64<Key>& keys, const Threshold<Key>& threshold, int64_t kept,
+inline void take(const MaskedKeys<Key>& keys, const Threshold<Key>& threshold, int64_t kept,
                  int32_t* picks) {
   int64_t from = 0, found = 0, equal = threshold.equal;
 #if defined(__AVX2__)
@@ -240,7 +242,7 @@ inline void take(const Keys32Or64<Key>& keys, const Threshold<Key>& threshold, i
 // One key of every stretch, from another place in each: rows of equal width have no part in it.
 constexpr int64_t kMostSamples = 4096;
 template <class Key>
-inline int64_t sample(const Keys32Or64<Key>& keys, Key* samples) {
+inline int64_t sample(const MaskedKeys<Key>& keys, Key* samples) {
   constexpr int64_t kStretch = 192;
   const int64_t number = std::clamp<int64_t>(keys.count / kStretch, 512, kMostSamples);
   uint64_t chance = 1;
@@ -256,13 +258,13 @@ inline int64_t sample(const Keys32Or64<Key>& keys, Key* samples) {
 
 // By a sample; false where that has not worked out, or there is no room.
 template <class Key>
-inline bool find_by_sample(const Keys32Or64<Key>& keys, int64_t kept, Key* spare, int64_t room,
+inline bool find_by_sample(const MaskedKeys<Key>& keys, int64_t kept, Key* spare, int64_t room,
                            Threshold<Key>& threshold) {
   constexpr int64_t kFew = 16384;
   if (keys.count < kFew || room < keys.count / 8) return false;
   Key samples[kMostSamples];
   const int64_t number = sample(keys, samples);
-  const Keys32Or64<Key> sampled{samples, ~Key{0}, number};
+  const MaskedKeys<Key> sampled{samples, ~Key{0}, number};
   const double share = static_cast<double>(kept) / static_cast<double>(keys.count);
   const double rank = share * static_cast<double>(number);
   const double margin = 3.5 * std::sqrt(rank * (1 - share)) + 2;
@@ -276,7 +278,7 @@ inline bool find_by_sample(const Keys32Or64<Key>& keys, int64_t kept, Key* spare
   if (left < 1 || left > found.between) return false;
   const int unknown = static_cast<int>(std::bit_width(static_cast<Key>(low ^ high)));
   const Key known = unknown < static_cast<int>(8 * sizeof(Key)) ? high >> unknown << unknown : 0;
-  const Keys32Or64<Key> between{spare, ~Key{0}, found.between};
+  const MaskedKeys<Key> between{spare, ~Key{0}, found.between};
   threshold = find_threshold(between, left, known, unknown);
   return true;
 }
@@ -286,7 +288,7 @@ inline bool find_by_sample(const Keys32Or64<Key>& keys, int64_t kept, Key* spare
 template <class Key>
 inline void select_largest(const Key* data, Key mask, int64_t count, int64_t kept, Key* spare,
                            int64_t room, int32_t* picks) {
-  const Keys32Or64<Key> keys{data, mask, count};
+  const MaskedKeys<Key> keys{data, mask, count};
   Threshold<Key> threshold;
   if (!find_by_sample(keys, kept, spare, room, threshold)) threshold = find_threshold(keys, kept);
   take(keys, threshold, kept, picks);

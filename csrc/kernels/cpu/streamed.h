@@ -1,7 +1,6 @@
 // What moves between memory and the caches by hand. Reads: prefetch(). Writes: the last one of a
-// gradient, past the caches: what is overwritten need not be read first, which
-// is half of what such a write moves. A smaller bucket is left in the caches for whoever reads it
-// next.
+// gradient, past the caches: what is overwritten need not be read first, which is half of what such
+// a write moves. A smaller bucket is left in the caches for whoever reads it next.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +22,7 @@ namespace arc_topk::cpu::ARC_TOPK_ISA {
   __builtin_prefetch(reinterpret_cast<const void*>(address));
 }
 
-inline bool streams(const Bucket& b) {
+inline bool is_beyond_caches(const Bucket& b) {
   constexpr int64_t kBeyondCaches = int64_t{4} << 20;
   return b.numel * size_of(b.gradient_type) >= kBeyondCaches;
 }
@@ -100,18 +99,18 @@ inline void stream_register(const Register& x, T* to) {
 }
 #endif
 
-// What becomes of elements of the gradient in one kernel call over one piece.
-class Delivery {
+// Writes the result into the gradient, in one kernel call over one piece.
+class GradientWriter {
  public:
-  explicit Delivery(const Bucket& b)
-      : base_(b.gradient), type_(b.gradient_type), streams_(streams(b)) {}
-  Delivery(const Delivery&) = delete;
-  Delivery& operator=(const Delivery&) = delete;
-  ~Delivery() {
-    if (streams_) end_streamed();
+  explicit GradientWriter(const Bucket& b)
+      : base_(b.gradient), type_(b.gradient_type), past_caches_(is_beyond_caches(b)) {}
+  GradientWriter(const GradientWriter&) = delete;
+  GradientWriter& operator=(const GradientWriter&) = delete;
+  ~GradientWriter() {
+    if (past_caches_) end_streamed();
   }
 
-  bool past_caches() const { return streams_; }
+  bool past_caches() const { return past_caches_; }
   // Whether rows of so many elements, one after the other from `at` on, are whole registers.
   bool takes_registers(int64_t at, int64_t cols, int64_t bytes) const {
     const int64_t size = size_of(type_);
@@ -122,7 +121,7 @@ class Delivery {
   // store() into the gradient, of up to kChunk elements.
   template <class T>
   void put(const T* from, int64_t at, int64_t n) const {
-    if (!streams_) return store(from, base_, type_, at, n);
+    if (!past_caches_) return store(from, base_, type_, at, n);
     with_type(type_, [&]<class S>(S) {
       S* to = static_cast<S*>(base_) + at;
       const auto bytes = n * static_cast<int64_t>(sizeof(S));
@@ -140,14 +139,14 @@ class Delivery {
     const int64_t size = size_of(type_);
     void* to = byte_offset(base_, begin * size);
     const int64_t bytes = (end - begin) * size;
-    if (streams_) return zero_streamed(to, bytes);
+    if (past_caches_) return zero_streamed(to, bytes);
     std::memset(to, 0, static_cast<size_t>(bytes));
   }
 
  private:
   void* const base_;
   const DType type_;
-  const bool streams_;
+  const bool past_caches_;
 };
 
 }  // namespace arc_topk::cpu::ARC_TOPK_ISA
