@@ -24,6 +24,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from timing import COMPUTE
 
 EXAMPLES = """\
 examples:
@@ -35,7 +36,7 @@ BUCKET = 25 << 20  # bytes
 FLOPS = 4e14  # a GPU's, as training reaches them in bfloat16
 BACKWARD, FORWARD = 4, 2  # FLOPs a parameter and token
 MOST_RANKS_ON_BYTES = 32
-HOOK = 1.6e-11  # seconds of the hook's own an element: an H200, EF14, ratio 0.1, float32 (README)
+HOOK = 1.5e-11  # seconds of the hook's own an element: an H200, EF21M, float32, 64 M (README)
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,7 @@ def _checked(row: dict[str, Any], link: dict[str, Any], wire: Link, ranks: int) 
     phases = row.get("phases_ms")
     own = 0.0
     if phases:
-        names = ("prepare", "select", "pack", "apply")
-        own = statistics.median(sum(p[name] for name in names) for p in phases) / 1e3
+        own = statistics.median(sum(p[name] for name in COMPUTE) for p in phases) / 1e3
     way = Way(row["method"], (row["link_bytes"] / dense,), own / row["numel"])
     predicted = row["replay_s"] + exposed(way, wire, ranks, row["numel"], row["replay_s"])
     measured = statistics.median(row["ms"]) / 1e3

@@ -10,8 +10,6 @@ from typing import Any
 
 from rich.table import Table
 
-COMPUTE = ("prepare", "select", "pack", "apply")
-
 
 def exposed(row: dict[str, Any], local: float | None) -> float:
     """Milliseconds of a step that a free exchange would not take; the median."""

@@ -32,7 +32,7 @@ from netlab.checked import measure as measure_link
 from netlab.launch import run_ranks
 from netlab.namespace import LabError, become_root
 from netlab.network import Network
-from netlab.units import rate, seconds
+from netlab.units import argument, rate, rate_text, seconds
 from report import machine
 from rich.console import Console
 from step_rank import METHODS
@@ -58,8 +58,10 @@ def parser() -> argparse.ArgumentParser:
     add("--model", choices=SIZES, default="60m", help="default %(default)s")
     add("--methods", nargs="+", choices=METHODS, default=DEFAULT)
     add("--ranks", type=int, default=4, help="default %(default)s")
-    add("--rates", nargs="+", default=["1gbit"], help="of the links: 100mbit, 1gbit, none")
-    add("--delay", default="none", help="one way, of every packet: 20ms")
+    add("--rates", type=argument(rate), nargs="+", default=[1e9], metavar="RATE",
+        help="of the links: 100mbit, 1gbit, none (default 1gbit)")  # fmt: skip
+    add("--delay", type=argument(seconds), metavar="TIME",
+        help="one way, of every packet: 20ms (default: none)")  # fmt: skip
     add("--replay", type=float, nargs="+", default=[], metavar="MS", help="default 100")
     add("--train", action="store_true", help="a real backward pass")
     add("--tokens", type=int, default=128, help="of a real step, a rank (default %(default)s)")
@@ -84,23 +86,16 @@ def parse() -> argparse.Namespace:
     for ratio in args.ratios:
         if not 0 < ratio <= 1:
             p.error(f"--ratios has {ratio}; expected shares in (0, 1]")
-    for name, values, unit in (("rates", args.rates, rate), ("delay", [args.delay], seconds)):
-        for text in values:
-            try:
-                if text != "none":
-                    unit(text)
-            except ValueError as error:
-                p.error(f"--{name} {error}, or none")
     if not args.replay and not args.train:
         args.replay = [100.0]
     return args
 
 
-def measure(args: argparse.Namespace, text: str, folder: Path, console: Console) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, bits: float | None, folder: Path, console: Console
+) -> dict[str, Any]:
     """All cells of one link."""
-    bits = None if text == "none" else rate(text)
-    delay = 0.0 if args.delay == "none" else seconds(args.delay)
-    with Network(args.ranks, bits, delay) as network:
+    with Network(args.ranks, bits, args.delay or 0.0) as network:
         link = measure_link(network)
         if not args.any_rate:
             check(network, link)
@@ -125,8 +120,13 @@ def measure(args: argparse.Namespace, text: str, folder: Path, console: Console)
         if status:
             raise LabError(f"a rank has ended with status {status}: its own words are above")
         rows = json.loads(output.read_text())
-        return {"rate": text, "measured": link.rate, "round_trip_s": link.round_trip,
-                "label": label, "rows": rows}  # fmt: skip
+        return {
+            "rate": "no limit" if bits is None else rate_text(bits),
+            "measured": link.rate,
+            "round_trip_s": link.round_trip,
+            "label": label,
+            "rows": rows,
+        }
 
 
 def main() -> int:
@@ -140,8 +140,8 @@ def main() -> int:
     try:
         become_root(Path(__file__), sys.argv[1:])
         with tempfile.TemporaryDirectory() as folder:
-            for text in args.rates:
-                links.append(measure(args, text, Path(folder), console))
+            for bits in args.rates:
+                links.append(measure(args, bits, Path(folder), console))
                 for shown in table(links[-1]):
                     console.print(shown)
     except LabError as error:

@@ -14,7 +14,7 @@ from netlab.checked import check, describe, measure
 from netlab.launch import run_ranks
 from netlab.namespace import LabError, become_root
 from netlab.network import Network
-from netlab.units import rate, seconds
+from netlab.units import argument, rate, seconds
 
 EXAMPLES = """\
 examples:
@@ -28,16 +28,6 @@ without where the system lets users have namespaces. --delay is added to every p
 """
 
 
-def _units(parse: object) -> object:
-    def parsed(text: str) -> float:
-        try:
-            return parse(text)  # type: ignore[operator, no-any-return]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parsed
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -49,9 +39,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("--ranks", type=int, default=4, help="1 to 250 (default %(default)s)")
-    add("--rate", type=_units(rate), metavar="RATE",  # type: ignore[arg-type]
-        help="of every link, either way: 100mbit, 1gbit (default: no limit)")  # fmt: skip
-    add("--delay", type=_units(seconds), default=0.0, metavar="TIME",  # type: ignore[arg-type]
+    add("--rate", type=argument(rate), metavar="RATE",
+        help="of every link, either way: 100mbit, 1gbit (default: none, no limit)")  # fmt: skip
+    add("--delay", type=argument(seconds), metavar="TIME",
         help="one way: 500us, 20ms (default: none)")  # fmt: skip
     add("--any-rate", action="store_true", help="go on where the link measured is another")
     add("script", nargs="*", metavar="SCRIPT", help="behind --: a script and its arguments")
@@ -69,7 +59,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up, too
     try:
         become_root("benchmarks.netlab", sys.argv[1:])
-        with Network(options.ranks, options.rate, options.delay) as network:
+        with Network(options.ranks, options.rate, options.delay or 0.0) as network:
             label = ""
             if options.ranks > 1:
                 link = measure(network)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+from collections.abc import Callable
 
 RATES = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -24,6 +26,18 @@ def seconds(text: str) -> float:
         ValueError: it is none.
     """
     return _number(text, TIMES, "a time as 500us, 20ms")
+
+
+def argument(parse: Callable[[str], float]) -> Callable[[str], float | None]:
+    """For `argparse`: `rate` or `seconds`, or "none"; what is neither is told as they tell it."""
+
+    def parsed(text: str) -> float | None:
+        try:
+            return None if text == "none" else parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
 
 
 def rate_text(bits: float) -> str:
