@@ -46,7 +46,7 @@ RULES = (
         ),
         "the optimizer divides by a running mean of squares, as Adam does, beside "
         "compressor='arc_topk' with feedback='{config.feedback}': a language model ended at a loss "
-        "of 2.28 with EF21M and 1.80 with EF14, each at its best settings; set feedback='ef14'",
+        "of 2.3 with EF21M and 1.8 with EF14, each at its best settings; set feedback='ef14'",
     ),
     Rule(
         lambda config, its: (
