@@ -70,9 +70,16 @@ class Exchange:
     def check_bind(self, parameters: list[torch.Tensor], names: list[str]) -> None:
         """Raises ValueError, naming the parameter, where `bind` could not keep all state."""
 
-    def bind(self, parameters: list[torch.Tensor], names: list[str], may_be_unused: bool) -> None:
+    def bind(
+        self,
+        parameters: list[torch.Tensor],
+        names: list[str],
+        may_be_unused: bool,
+        ratios: list[float] = ...,
+    ) -> None:
         """These are the parameters from now on; state is taken over by name.
 
+        ``ratios``: one each; none: the configuration's.
         ``may_be_unused``: a gradient of zeros on all ranks stands for none, and changes no state.
         """
 
@@ -136,6 +143,7 @@ def describe(
     strides: tuple[int, ...],
     dtype: torch.dtype,
     world_size: int,
+    ratio: float,
 ) -> tuple[int, int, int, int, int, int, str, int, int, torch.dtype]:
     """What is done with one tensor: m, n, K (0: dense), wire, dense and state bytes, why dense.
 

@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, TypedDict
 
 import torch
@@ -21,6 +22,7 @@ WIRE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torc
 SKETCH_DTYPES = (torch.bfloat16,)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 DEFAULT_ETA = 0.1
+_SOME = 8  # names that an error lists
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Config:
         ratio: kept share of a matrix's rows (Top-K: of its elements), in (0, 1]. The share of
             *bytes* is larger by the sketch and the tensors that stay dense: see ``State.plan()``.
             Low rank: share of a matrix's bytes that its two factors may take, one column at least.
+        ratios: ratios of some parameters of their own, by patterns of names as ``State.plan()``
+            shows them: ``{"*embed*": 0.02, "head.*": 1}``. ``*``, ``?`` and ``[...]`` are the
+            shell's (`fnmatch.fnmatchcase`); the first pattern that matches counts, and where none
+            does, ``ratio``. 1 leaves a parameter dense. Not with ``rank``. Kept as a tuple of
+            pairs.
         rank: low rank's k, the columns of its factors, 1 or more, the same for every matrix (at
             most min(m, n)); None: by ``ratio``. A step costs about ``6 d k`` multiplications and as
             many additions for d elements: docs/algorithm.md has what that comes to.
@@ -91,6 +98,7 @@ class Config:
     compressor: str = "arc_topk"
     feedback: str = "ef14"
     ratio: float = 0.1
+    ratios: Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
     rank: int | None = None
     sketch_dim: int = 4
     row_width: int | None = None
@@ -113,12 +121,18 @@ class Config:
                 "form; expected 'ef14' (the default) or 'none'"
             )
         self._take("ratio", _share("ratio", self.ratio))
+        self._take("ratios", _shares("ratios", self.ratios))
         if self.rank is not None:
             self._take("rank", _integer("rank", self.rank, 1, 2**31 - 1))
             if self.compressor != "low_rank":
                 raise ValueError(
                     f"rank is {self.rank} with compressor='{self.compressor}'; only compressor="
                     "'low_rank' has one: leave rank out, or choose compressor='low_rank'"
+                )
+            if self.ratios:
+                raise ValueError(
+                    f"rank is {self.rank} with ratios={self.ratios}; rank is every matrix's, and "
+                    "no ratio would count: leave one of them out"
                 )
         self._take("sketch_dim", _integer("sketch_dim", self.sketch_dim, 1, 64))
         if self.row_width is not None:
@@ -160,13 +174,32 @@ class Config:
         if self.resync_every is not None:
             self._take("resync_every", _integer("resync_every", self.resync_every, 0, 2**62))
 
-    def _take(self, name: str, value: int | float) -> None:
+    def ratio_of(self, name: str) -> float:
+        """The ratio of the parameter of this name."""
+        return next((r for p, r in self._patterns() if fnmatchcase(name, p)), self.ratio)
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raises ValueError for a pattern of ``ratios`` that matches none of ``names``."""
+        for pattern, _ in self._patterns():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                some = ", ".join(f"'{name}'" for name in names[:_SOME])
+                more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
+                raise ValueError(
+                    f"ratios has the pattern '{pattern}', which matches no parameter; expected one "
+                    f"that matches some of {some or 'none'}{more}: mend it, or leave it out"
+                )
+
+    def _patterns(self) -> tuple[tuple[str, float], ...]:
+        return self.ratios if isinstance(self.ratios, tuple) else ()
+
+    def _take(self, name: str, value: object) -> None:
         """NumPy's numbers are taken as Python's, which print and compare alike on every rank."""
         object.__setattr__(self, name, value)
 
     def native(self) -> _C.Config:
         """The same for the engine, defaults filled in."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["ratios"]  # told with the names: `_C.Exchange.bind`
         fields["eta"] = DEFAULT_ETA if self.eta is None else self.eta
         return _C.Config(**fields)
 
@@ -177,6 +210,7 @@ class Fields(TypedDict, total=False):
     compressor: str
     feedback: str
     ratio: float
+    ratios: Mapping[str, float] | tuple[tuple[str, float], ...] | None
     rank: int | None
     sketch_dim: int
     row_width: int | None
@@ -223,6 +257,21 @@ def _share(name: str, value: object) -> float:
     if not 0 < number <= 1:
         raise ValueError(f"{name} is {value!r}; expected a number in (0, 1]")
     return number
+
+
+def _shares(name: str, value: object) -> tuple[tuple[str, float], ...] | None:
+    """By pattern, in the order given; None where there are none."""
+    expected = "a mapping from patterns of parameter names to ratios in (0, 1], or None"
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if pairs is None:
+        return None
+    if not isinstance(pairs, tuple) or not all(map(_is_named, pairs)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
+    return tuple((p, _share(f"{name}[{p!r}]", share)) for p, share in pairs) or None
+
+
+def _is_named(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
 
 
 def _factor(name: str, value: object) -> float:

@@ -28,7 +28,8 @@ class GradientExchange(ErrorFeedback):
         ...
         exchange.all_reduce_([p.grad for p in model.parameters()])
 
-    The error feedback of a tensor is known by its place in the list. Tensors of one dtype are
+    The error feedback of a tensor is known by its place in the list, and ``"tensor 3"`` is the name
+    of the fourth one, for `Config.ratios`. Tensors of one dtype are
     exchanged as one bucket, on the calling thread.
 
     Args:
@@ -57,6 +58,8 @@ class GradientExchange(ErrorFeedback):
         try:
             self.config = config_from(config, fields)
             given = _servable(tensors)
+            self._names = [f"tensor {i}" for i in range(len(given))]
+            self.config.check_names(self._names)
         except Exception as found:  # whatever it is: the other ranks must learn of it
             error = found
         named = [(str(i), tensor) for i, tensor in enumerate(given)]
@@ -82,8 +85,8 @@ class GradientExchange(ErrorFeedback):
             _FlatBucket(self._keys, dtype, device) for dtype in {t.dtype: None for t in given}
         ]
         self._engine: _C.Exchange = _C.Exchange(self.config.native(), group)
-        self._names = [f"tensor {i}" for i in range(len(self._keys))]
-        self._engine.bind(self._keys, self._names, may_be_unused=False)
+        ratios = [self.config.ratio_of(name) for name in self._names]
+        self._engine.bind(self._keys, self._names, may_be_unused=False, ratios=ratios)
 
     def all_reduce_(
         self, tensors: Iterable[torch.Tensor | None], *, none_as_zero: bool = False
@@ -152,7 +155,7 @@ class GradientExchange(ErrorFeedback):
 
     def plan(self) -> Plan:
         """What is done with each tensor, and the bytes of a compressed step."""
-        named = [(str(i), key) for i, key in enumerate(self._keys)]
+        named = zip(self._names, self._keys, strict=True)
         return make_plan(self.config, named, self._group.size(), self._transport.name)
 
     def metrics(self) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def make_plan(
     rows = []
     for name, tensor in tensors:
         m, n, kept, wire, dense, state, why, every, resync, travels = _C.describe(
-            native, tensor.shape, tensor.stride(), tensor.dtype, world_size
+            native, tensor.shape, tensor.stride(), tensor.dtype, world_size, config.ratio_of(name)
         )
         view = (m, n) if kept else None
         about = (name, tuple(tensor.shape), tensor.dtype, view, kept or None)

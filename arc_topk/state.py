@@ -248,7 +248,7 @@ class State(ErrorFeedback):
             agree(
                 self.config,
                 [],
-                None if self._group is not None else ambiguous(group),
+                _nameless(self.config) or (None if self._group is not None else ambiguous(group)),
                 group,
                 call="the first bucket of a State that is not bound",
                 wait=timeout_of(group),
@@ -281,7 +281,8 @@ class State(ErrorFeedback):
             engine = _C.Exchange(self.config.native(), group)
         if named:
             names = [name for name, _ in named]
-            engine.bind([tensor for _, tensor in named], names, may_be_unused)
+            ratios = [self.config.ratio_of(name) for name in names]
+            engine.bind([tensor for _, tensor in named], names, may_be_unused, ratios)
         engine.set_loss_scale(loss_scale)
         engine.resume(
             group,
@@ -371,6 +372,7 @@ def bind_together(
         loss_scale = scale_of(grad_scaler, ddp.device)
         error = error or unservable_parameter(ddp, named)
         if error is None and state is not None:
+            state.config.check_names([name for name, _ in every])
             error = _unbindable(state, ddp, every)
             if error is None and state._pending is not None:
                 holder = Holder("State", state.config, ddp.process_group, ddp.device, every)
@@ -410,6 +412,16 @@ def bind_together(
 def _shape_of(parameter: torch.Tensor) -> torch.Tensor:
     like = torch.empty_like(parameter, device="meta")
     return like.requires_grad_(parameter.requires_grad)
+
+
+def _nameless(config: Config) -> Exception | None:
+    """Why a state cannot begin that knows no names, if it cannot."""
+    if not config.ratios:
+        return None
+    return ValueError(
+        f"ratios is {config.ratios}, and the State is not bound: its parameters have no names that "
+        "a pattern could match; expected state.bind(ddp), or register(ddp), before the first step"
+    )
 
 
 def _unbindable(

@@ -119,11 +119,14 @@ py::tuple parts_of(const Config& config, bool compressed) {
 // What make_plan() would decide of one tensor: (rows, cols, kept, wire, dense, state bytes,
 // reason, steps between resyncs, bytes of one, what it travels in).
 py::tuple describe(const Config& config, const std::vector<int64_t>& sizes,
-                   const std::vector<int64_t>& strides, at::ScalarType dtype, int world_size) {
+                   const std::vector<int64_t>& strides, at::ScalarType dtype, int world_size,
+                   double ratio) {
   const Compressor& compressor = compressor_named(config.compressor);
   const DType gradient = dtype_of(dtype);
   const Types types = types_for(config, compressor, gradient, world_size);
-  const Matrix m = view_as_matrix(config, compressor, shape_of(sizes, strides), types, world_size);
+  Shape shape = shape_of(sizes, strides);
+  shape.ratio = ratio;
+  const Matrix m = view_as_matrix(config, compressor, shape, types, world_size);
   int64_t numel = 1;
   for (const int64_t size : sizes) numel *= size;
   return py::make_tuple(m.rows, m.cols, m.kept, m.wire_bytes, numel * size_of(gradient),
@@ -176,7 +179,7 @@ PYBIND11_MODULE(_C, module) {
       .def("run", &Exchange::run, py::arg("buffer"), py::arg("parameters"), without_gil)
       .def("check_bind", &Exchange::check_bind, py::arg("parameters"), py::arg("names"))
       .def("bind", &Exchange::bind, py::arg("parameters"), py::arg("names"),
-           py::arg("may_be_unused"))
+           py::arg("may_be_unused"), py::arg("ratios") = std::vector<double>())
       .def(
           "set_loss_scale",
           [](Exchange& exchange, const std::optional<at::Tensor>& scale) {
@@ -225,7 +228,7 @@ PYBIND11_MODULE(_C, module) {
       py::arg("reducer"), py::arg("exchange"));
   module.def("parts_of", &parts_of, py::arg("config"), py::arg("compressed"));
   module.def("describe", &describe, py::arg("config"), py::arg("sizes"), py::arg("strides"),
-             py::arg("dtype"), py::arg("world_size"));
+             py::arg("dtype"), py::arg("world_size"), py::arg("ratio"));
   module.def("cpu_isa", &cpu_isa);
   module.def(
       "why_unusable",

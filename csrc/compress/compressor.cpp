@@ -37,8 +37,8 @@ DType Compressor::dense_type(const Types& types) const {
   return narrowed && size_of(types.wire) > size_of(types.sketch) ? types.wire : types.sketch;
 }
 
-int64_t Compressor::kept(const Matrix& matrix, const Types&, const Config& config) const {
-  return kept_rows(config.ratio, matrix.rows);
+int64_t Compressor::kept(const Matrix& matrix, const Types&, const Config&) const {
+  return kept_rows(matrix.ratio, matrix.rows);
 }
 
 void Compressor::reclaim(Step& step) const { step.kernels().reclaim(step.bucket()); }

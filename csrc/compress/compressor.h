@@ -58,7 +58,7 @@ class Compressor {
   virtual bool by_element() const { return false; }  // keeps single elements whatever the row width
   // A matrix travels as two factors of few columns, rather than by some of its rows.
   virtual bool factorises() const { return false; }
-  // K of a matrix whose rows, columns and dense bytes are known: rows, or columns of factors.
+  // K of a matrix of which all but what follows from it is known: rows, or columns of factors.
   virtual int64_t kept(const Matrix& matrix, const Types& types, const Config& config) const;
   // Memory that it keeps of a compressed matrix beside the error feedback's own.
   virtual int64_t factor_bytes(const Matrix&, const Types&) const { return 0; }

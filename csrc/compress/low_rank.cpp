@@ -32,7 +32,7 @@ class LowRank final : public Compressor {
     const int64_t column = column_bytes(x, types);
     const int64_t matrix = x.dense_bytes / size_of(types.dense) * size_of(types.gradient);
     // A product may land a hair below the integer that was meant.
-    const double bytes = config.ratio * static_cast<double>(matrix) * (1 + 1e-12);
+    const double bytes = x.ratio * static_cast<double>(matrix) * (1 + 1e-12);
     const int64_t k = config.rank.value_or(
         static_cast<int64_t>(bytes / static_cast<double>(std::max<int64_t>(column, 1))));
     return std::clamp<int64_t>(k, 1, std::max<int64_t>(1, std::min(x.rows, x.cols)));

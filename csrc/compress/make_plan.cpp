@@ -97,6 +97,7 @@ Types types_for(const Config& config, const Compressor& compressor, DType gradie
 Matrix view_as_matrix(const Config& config, const Compressor& compressor, const Shape& shape,
                       const Types& types, int world_size) {
   Matrix matrix{};
+  matrix.ratio = shape.ratio.value_or(config.ratio);
   if (compressor.by_element()) {
     matrix.cols = 1;
   } else if (config.row_width) {

@@ -106,9 +106,9 @@ void Exchange::check_bind(const Parameters& parameters,
 }
 
 void Exchange::bind(const Parameters& parameters, const std::vector<std::string>& names,
-                    bool may_be_unused) {
+                    bool may_be_unused, const std::vector<double>& ratios) {
   const auto entered = enter();
-  shared_.store.bind(parameters, names, may_be_unused);
+  shared_.store.bind(parameters, names, may_be_unused, ratios);
 }
 
 void Exchange::set_loss_scale(at::Tensor scale) {

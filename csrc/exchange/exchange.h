@@ -38,8 +38,8 @@ class Exchange {
   // StateStore::check_bind().
   void check_bind(const Parameters& parameters, const std::vector<std::string>& names) const;
   // StateStore::bind(), before the first bucket or behind stop().
-  void bind(const Parameters& parameters, const std::vector<std::string>& names,
-            bool may_be_unused);
+  void bind(const Parameters& parameters, const std::vector<std::string>& names, bool may_be_unused,
+            const std::vector<double>& ratios = {});
   // Gradients are a GradScaler's from now on, and so are results: `scale` is the number that the
   // loss is multiplied with, which it changes in place. Undefined: none is. Behind stop().
   void set_loss_scale(at::Tensor scale);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,7 @@ struct Shape {
   int64_t dims;
   int64_t rows;     // size of the slowest-varying dimension in memory: natural rows
   uint32_t stream;  // an identity of the tensor that no bucket rebuild changes, equal on all ranks
+  std::optional<double> ratio{};  // none: the configuration's
 };
 
 // The number types of one bucket.
@@ -43,6 +45,7 @@ struct Types {
 struct Matrix {
   int64_t rows;  // m
   int64_t cols;  // n
+  double ratio;
   int64_t kept;  // K, low rank: k; 0: stays dense
   int64_t wire_bytes;
   int64_t dense_bytes;

@@ -132,8 +132,9 @@ void StateStore::check_bind(const Parameters& parameters,
 }
 
 void StateStore::bind(const Parameters& parameters, const std::vector<std::string>& names,
-                      bool may_be_unused) {
+                      bool may_be_unused, const std::vector<double>& ratios) {
   slots_ = rebound(parameters, names);
+  for (size_t i = 0; i < ratios.size(); ++i) slots_.at(i).ratio = ratios[i];
   places_.clear();
   for (size_t i = 0; i < parameters.size(); ++i) {
     places_.emplace(parameters[i].unsafeGetTensorImpl(), i);
@@ -292,7 +293,9 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
   for (size_t i = 0; i < parameters.size(); ++i) {
     shapes.push_back(shape_of(layouts[i].sizes, layouts[i].strides));
     const auto place = places_.find(parameters[i].unsafeGetTensorImpl());
-    shapes[i].stream = static_cast<uint32_t>(place == places_.end() ? fresh++ : place->second);
+    const bool known = place != places_.end();
+    shapes[i].stream = static_cast<uint32_t>(known ? place->second : fresh++);
+    if (known) shapes[i].ratio = slots_[place->second].ratio;
   }
   Owned made{
       make_bucket_state(config_, compressor_, world_size_, layouts, shapes, buffer, may_be_unused_),

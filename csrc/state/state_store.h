@@ -55,9 +55,10 @@ class StateStore {
   // parameters that had none, by identity. Other parameters are refused from now on.
   // `may_be_unused`: DDP gives a parameter that no rank used a gradient of zeros and throws away
   // what becomes of it: no state may go with it. Else zeros are a gradient like any other. (Before
-  // anybody has bound the state it is true: nothing is lost by it.)
-  void bind(const Parameters& parameters, const std::vector<std::string>& names,
-            bool may_be_unused);
+  // anybody has bound the state it is true: nothing is lost by it.) `ratios`: one each; none: the
+  // configuration's.
+  void bind(const Parameters& parameters, const std::vector<std::string>& names, bool may_be_unused,
+            const std::vector<double>& ratios = {});
 
   Standing standing() const;
   uint64_t compressed() const;  // steps, of the bucket with most
@@ -97,6 +98,7 @@ class StateStore {
     // Not the tensor itself: state must not keep a model alive. Its address is not used again while
     // somebody remembers it so.
     c10::weak_intrusive_ptr<c10::TensorImpl> tensor;
+    std::optional<double> ratio{};  // none: the configuration's
     BucketState* bucket = nullptr;  // null: has no state yet
     size_t index = 0;               // which of the bucket's tensors
     std::optional<Kept> kept{};     // restored, until a bucket takes it over

@@ -79,9 +79,9 @@ def test_state_takes_a_config_or_its_fields() -> None:
 
 def test_an_unknown_field_is_told_the_known_ones() -> None:
     with pytest.raises(TypeError) as raised:
-        arc_topk.State(ratios=0.3)  # type: ignore[call-arg]
+        arc_topk.State(rato=0.3)  # type: ignore[call-arg]
     text = str(raised.value)
-    assert "'ratios'" in text and "did you mean 'ratio'?" in text
+    assert "'rato'" in text and "did you mean 'ratio'?" in text
     for field in dataclasses.fields(arc_topk.Config):
         assert field.name in text
 
