@@ -20,6 +20,8 @@ class Config:
         row_width: int | None,
         eta: float,
         start_step: int,
+        warmup_steps: int,
+        warmup: str,
         wire_dtype: torch.dtype | None,
         sketch_dtype: torch.dtype | None,
         state_dtype: torch.dtype | None,
@@ -150,6 +152,9 @@ def describe(
     Then the steps from one resync to the next (0: there is none), and the bytes of one; and what it
     travels in.
     """
+
+def ratio_at(config: Config, ratio: float, step: int) -> float:
+    """What the warm-up makes of a ratio in this step."""
 
 def cpu_isa() -> str:
     """The instruction set the CPU kernels run with: "baseline", "avx2" or "avx512"."""

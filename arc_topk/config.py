@@ -20,6 +20,7 @@ COMPRESSORS = ("arc_topk", "dense", "low_rank", "rand_k", "top_k")
 FEEDBACKS = ("ef14", "ef21", "ef21m", "none")
 WIRE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 SKETCH_DTYPES = (torch.bfloat16,)
+WARMUPS = ("exponential", "linear")
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 DEFAULT_ETA = 0.1
 _SOME = 8  # names that an error lists
@@ -56,6 +57,11 @@ class Config:
             c elements, and then compresses 1-D tensors too. Rand-K over single elements: 1.
         eta: EF21M's momentum, in (0, 1]; None means 0.1. With any other feedback it must be None.
         start_step: synchronised backward passes of plain averaging before compression begins.
+        warmup_steps: steps behind ``start_step`` in which the ratio, that of ``ratios`` too, falls
+            from near 1 to what it is for good (Lin et al., ICLR 2018), in eight stages: each makes
+            payloads anew. Not with ``rank``. 0: none.
+        warmup: ``"exponential"``: stage s of S has ``ratio ** (s / (S + 1))``; or ``"linear"``:
+            ``1 + (ratio - 1) * s / (S + 1)``.
         wire_dtype: what rows, and low rank's second factor, travel in; None: the gradient's dtype.
             What a narrower type rounds away stays in the error feedback. ``torch.uint8``, with
             ``"arc_topk"`` and ``"low_rank"`` alone: integers, which cannot overflow and sum
@@ -104,6 +110,8 @@ class Config:
     row_width: int | None = None
     eta: float | None = None
     start_step: int = 0
+    warmup_steps: int = 0
+    warmup: str = "exponential"
     wire_dtype: torch.dtype | None = None
     sketch_dtype: torch.dtype | None = None
     state_dtype: torch.dtype | None = None
@@ -145,6 +153,14 @@ class Config:
                 )
             self._take("eta", _share("eta", self.eta))
         self._take("start_step", _integer("start_step", self.start_step, 0, 2**62))
+        self._take("warmup_steps", _integer("warmup_steps", self.warmup_steps, 0, 2**31 - 1))
+        _one_of("warmup", self.warmup, WARMUPS)
+        if self.warmup_steps and (self.compressor == "dense" or self.rank is not None):
+            why = f"rank={self.rank}" if self.rank is not None else "compressor='dense'"
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} with {why}, where no ratio counts that could "
+                "fall; expected 0, or a compressor that goes by ratio"
+            )
         if self.wire_dtype is not None:
             _one_of("wire_dtype", self.wire_dtype, WIRE_DTYPES)
         if self.wire_dtype == torch.uint8 and self.compressor not in TWO_COLLECTIVES:
@@ -216,6 +232,8 @@ class Fields(TypedDict, total=False):
     row_width: int | None
     eta: float | None
     start_step: int
+    warmup_steps: int
+    warmup: str
     wire_dtype: torch.dtype | None
     sketch_dtype: torch.dtype | None
     state_dtype: torch.dtype | None

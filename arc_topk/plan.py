@@ -102,20 +102,38 @@ def make_plan(
     tensors: Iterable[tuple[str, torch.Tensor]],
     world_size: int,
     transport: str = "",
+    step: int | None = None,
 ) -> Plan:
-    """The plan for named tensors: their shapes, strides and dtypes are used, not their values."""
+    """The plan for named tensors: their shapes, strides and dtypes are used, not their values.
+
+    ``step``: whose ratios count; None: those behind the warm-up.
+    """
     native = config.native()
     rows = []
     for name, tensor in tensors:
+        ratio = config.ratio_of(name)
+        if step is not None:
+            ratio = _C.ratio_at(native, ratio, step)
         m, n, kept, wire, dense, state, why, every, resync, travels = _C.describe(
-            native, tensor.shape, tensor.stride(), tensor.dtype, world_size, config.ratio_of(name)
+            native, tensor.shape, tensor.stride(), tensor.dtype, world_size, ratio
         )
         view = (m, n) if kept else None
         about = (name, tuple(tensor.shape), tensor.dtype, view, kept or None)
         rows.append(
             PlanRow(*about, wire, dense, state, why, every, resync if every else 0, travels)
         )
-    return Plan(tuple(rows), transport, _notes(config, rows, world_size))
+    notes = _of_warmup(config) if step is None else ()
+    return Plan(tuple(rows), transport, notes + _notes(config, rows, world_size))
+
+
+def _of_warmup(config: Config) -> tuple[str, ...]:
+    if not config.warmup_steps:
+        return ()
+    behind = f" behind step {config.start_step}" if config.start_step else ""
+    return (
+        f"the ratio falls to it over the first {config.warmup_steps} steps{behind}: K and bytes "
+        "are those for good",
+    )
 
 
 def _notes(config: Config, rows: Sequence[PlanRow], world_size: int) -> tuple[str, ...]:

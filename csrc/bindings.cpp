@@ -9,6 +9,7 @@
 
 #include "build_info.h"
 #include "compress/make_plan.h"
+#include "compress/warmup.h"
 #include "ddp/comm_hook.h"
 
 namespace py = pybind11;
@@ -34,6 +35,7 @@ std::optional<DType> optional_type(const std::optional<at::ScalarType>& type,
 Config make_config(std::string compressor, const std::string& feedback, double ratio,
                    std::optional<int64_t> rank, int64_t sketch_dim,
                    std::optional<int64_t> row_width, double eta, int64_t start_step,
+                   int64_t warmup_steps, std::string warmup,
                    std::optional<at::ScalarType> wire_dtype,
                    std::optional<at::ScalarType> sketch_dtype,
                    std::optional<at::ScalarType> state_dtype, uint64_t seed,
@@ -48,6 +50,8 @@ Config make_config(std::string compressor, const std::string& feedback, double r
           row_width,
           eta,
           start_step,
+          warmup_steps,
+          std::move(warmup),
           optional_type(wire_dtype, wire_type_of),
           optional_type(sketch_dtype, dtype_of),
           optional_type(state_dtype, dtype_of),
@@ -151,9 +155,9 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Config>(module, "Config")
       .def(py::init(&make_config), py::kw_only(), py::arg("compressor"), py::arg("feedback"),
            py::arg("ratio"), py::arg("rank"), py::arg("sketch_dim"), py::arg("row_width"),
-           py::arg("eta"), py::arg("start_step"), py::arg("wire_dtype"), py::arg("sketch_dtype"),
-           py::arg("state_dtype"), py::arg("seed"), py::arg("spike_limit"), py::arg("check_every"),
-           py::arg("resync_every"))
+           py::arg("eta"), py::arg("start_step"), py::arg("warmup_steps"), py::arg("warmup"),
+           py::arg("wire_dtype"), py::arg("sketch_dtype"), py::arg("state_dtype"), py::arg("seed"),
+           py::arg("spike_limit"), py::arg("check_every"), py::arg("resync_every"))
       .def_readwrite("compress_without_gain", &Config::compress_without_gain);
 
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
@@ -229,6 +233,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("parts_of", &parts_of, py::arg("config"), py::arg("compressed"));
   module.def("describe", &describe, py::arg("config"), py::arg("sizes"), py::arg("strides"),
              py::arg("dtype"), py::arg("world_size"), py::arg("ratio"));
+  module.def(
+      "ratio_at",
+      [](const Config& config, double ratio, uint64_t step) {
+        return ratio_in_stage(config, ratio, warmup_stage(config, step));
+      },
+      py::arg("config"), py::arg("ratio"), py::arg("step"));
   module.def("cpu_isa", &cpu_isa);
   module.def(
       "why_unusable",

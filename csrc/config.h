@@ -19,9 +19,11 @@ struct Config {
   std::optional<int64_t> row_width;
   double eta = 0.1;
   int64_t start_step = 0;
-  std::optional<DType> wire_dtype;    // none: the gradient's
-  std::optional<DType> sketch_dtype;  // none: what sums are made in
-  std::optional<DType> state_dtype;   // none: float32
+  int64_t warmup_steps = 0;            // behind start_step; 0: none
+  std::string warmup = "exponential";  // or "linear"
+  std::optional<DType> wire_dtype;     // none: the gradient's
+  std::optional<DType> sketch_dtype;   // none: what sums are made in
+  std::optional<DType> state_dtype;    // none: float32
   uint64_t seed = 0;
   std::optional<double> spike_limit;    // none: no limit
   int64_t check_every = 0;              // 0: never

@@ -137,6 +137,7 @@ class _Taker:
         self._bases: Mapping[str, torch.Tensor] = state_dict.get("basis", {})
         self._own: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]] = state_dict["own"]
         self._started = set(meta["started"])
+        self._step: int = meta["steps"]
         old, new, rank = meta["world_size"], holder.group.size(), holder.group.rank()
         self._scale = new / old
         # EF21, EF21M: what is shared says all that another number of ranks can go on from.
@@ -161,7 +162,9 @@ class _Taker:
         saved = [self._shared, self._bases, *self._own.values()]
         if not any(name in parts for parts in saved):
             return None
-        row = make_plan(self._holder.config, [(name, tensor)], self._holder.group.size()).rows[0]
+        ranks = self._holder.group.size()
+        plan = make_plan(self._holder.config, [(name, tensor)], ranks, step=self._step)
+        (row,) = plan.rows
         own, has_shared, _ = _C.parts_of(self._holder.config.native(), row.kept is not None)
         shared = self._shared.get(name)
         if shared is not None:
@@ -176,6 +179,8 @@ class _Taker:
                 f"({row.why_dense}); expected a configuration with which it stays compressed: its "
                 "error feedback would be lost. Load with drop_residuals=True to do without"
             )
+        if own == 0 and tensor.requires_grad:  # zeros
+            a = b = None
         if a is None and own > 0 and basis is not None:  # nothing is owed, but there is a basis
             a = zeros_of(self._holder.config, tensor)
         if a is None and shared is None and basis is None:

@@ -31,7 +31,10 @@ def collect(engine: _C.Exchange, holder: Holder, call: str, gather: bool) -> Sta
     shared: dict[str, torch.Tensor] = {}
     bases: dict[str, torch.Tensor] = {}
     for (name, parts), (_, tensor) in zip(slots, holder.tensors, strict=True):
-        a, b, h, basis, _ = parts if parts is not None else _fresh_parts(holder, name, tensor)
+        fresh = _fresh_parts(holder, name, tensor)
+        if parts is not None:
+            parts = _as_ever(parts, fresh) if holder.config.warmup_steps else parts
+        a, b, h, basis, _ = parts or fresh
         own_parts = {key: part for key, part in (("a", a), ("b", b)) if part is not None}
         if own_parts:
             own[name] = own_parts
@@ -69,8 +72,28 @@ def _fresh_parts(holder: Holder, name: str, tensor: torch.Tensor) -> _C.Parts:
 
     basis = None
     if has_basis and row.view is not None and row.kept is not None:
-        basis = torch.zeros(row.kept, row.view[1])
+        # What a warm-up begins with has more columns than it ends with.
+        columns = min(row.view) if holder.config.warmup_steps else row.kept
+        basis = torch.zeros(columns, row.view[1])
     return zeros(own > 0), zeros(own > 1), zeros(shared), basis, False
+
+
+def _as_ever(parts: _C.Parts, fresh: _C.Parts) -> _C.Parts:
+    """The same keys and sizes in every stage of a warm-up, for who loads by keys.
+
+    A tensor that is not compressed yet owes nothing, and under EF21M its h_i are h. Where it is a
+    matrix of one row until then, as low rank has them on bytes, its basis says nothing.
+    """
+    a, b, h, basis, started = parts
+    zeros, momentum, _, wide, _ = fresh
+    if a is None and h is not None and zeros is not None and momentum is not None:
+        a, b = torch.zeros_like(h), h.clone()
+    if wide is None or basis is None:
+        return a, b, h, wide, started
+    known = wide.clone()
+    if basis.size(1) == wide.size(1):
+        known[: len(basis)] = basis[: len(wide)]
+    return a, b, h, known, started
 
 
 def _same_everywhere(holder: Holder, text: str) -> str:

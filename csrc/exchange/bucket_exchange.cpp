@@ -21,6 +21,10 @@ BucketExchange::BucketExchange(Shared& shared, BucketState& state)
   if (factor) spike_limit_.emplace(*factor, state.device, scalar_type_of(plan().types.work()));
 }
 
+void BucketExchange::go_on_from(const BucketExchange& before) {
+  if (before.spike_limit_) spike_limit_.emplace(*before.spike_limit_);
+}
+
 // --- a step, from its beginning to its end
 // ----------------------------------------------------------
 

@@ -41,6 +41,8 @@ class BucketExchange final : public Step, public CommThread::Job {
   // step has sent.
   void settle();
   void forget_sent() { sent_ = false; }
+  // The same tensors' exchange before this one, whose running norm is theirs still.
+  void go_on_from(const BucketExchange& before);
   std::string place() const;  // in errors
 
   // What comes next of a step, in the bucket's turn; in the end, the result into the future. With

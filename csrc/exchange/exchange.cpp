@@ -63,6 +63,9 @@ std::unique_lock<std::mutex> Exchange::enter() {
 
 BucketExchange& Exchange::exchange_of(const at::Tensor& buffer, const Parameters& parameters) {
   BucketState* state = shared_.store.find(parameters, buffer);
+  const BucketState* outgrown = nullptr;
+  if (state != nullptr && shared_.store.outgrown(*state)) outgrown = std::exchange(state, nullptr);
+  std::unique_ptr<BucketExchange> before;
   if (state == nullptr) {
     shared_.lifecycle.check_running();
     if (shared_.store.takes_from_busy(parameters)) drain();
@@ -70,11 +73,14 @@ BucketExchange& Exchange::exchange_of(const at::Tensor& buffer, const Parameters
     for (auto& [old, exchange] : exchanges_) {
       if (!exchange->busy()) exchange->settle();
     }
-    state = &shared_.store.make(parameters, buffer,
-                                [this](BucketState& old) { exchanges_.erase(&old); });
+    state = &shared_.store.make(parameters, buffer, [&](BucketState& old) {
+      if (&old == outgrown) before = std::move(exchanges_[&old]);
+      exchanges_.erase(&old);
+    });
   }
   std::unique_ptr<BucketExchange>& exchange = exchanges_[state];
   if (exchange == nullptr) exchange = std::make_unique<BucketExchange>(shared_, *state);
+  if (before != nullptr) exchange->go_on_from(*before);
   return *exchange;
 }
 

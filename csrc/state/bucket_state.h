@@ -31,6 +31,7 @@ struct BucketState {
   std::vector<Layout> layouts;  // of its tensors
   std::string first_name;       // of its first parameter, for errors; empty: nobody has named it
   c10::Device device = c10::kCPU;
+  int64_t stage = 1;  // warmup_stage() of the plan's ratios
   Plan plan;
   Bucket bucket{};
   Backend backend{};

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "compress/make_plan.h"
+#include "compress/warmup.h"
 
 namespace arc_topk {
 namespace {
@@ -247,6 +248,12 @@ BucketState* StateStore::find(const Parameters& parameters, const at::Tensor& bu
   return bucket;
 }
 
+bool StateStore::outgrown(const BucketState& bucket) const {
+  const Progress& now = *bucket.progress;
+  // Of those that are busy or have failed a step is refused: by the bucket that knows it.
+  return !now.busy && !now.failed && warmup_stage(config_, now.exchanges) != bucket.stage;
+}
+
 bool StateStore::takes_from_busy(const Parameters& parameters) const {
   return std::any_of(parameters.begin(), parameters.end(), [&](const at::Tensor& parameter) {
     const Slot* slot = slot_of(parameter);
@@ -288,6 +295,12 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
   for (const at::Tensor& parameter : parameters) layouts.push_back(layout_in(buffer, parameter));
   check(parameters, layouts, buffer);
 
+  const Slot* const first = slot_of(parameters.front());
+  const BucketState* const before = first == nullptr ? nullptr : first->bucket;
+  const uint64_t exchanges =
+      before == nullptr ? first_exchange_ : before->progress->exchanges.load();
+  const uint64_t compressed = before == nullptr ? first_compressed_ : before->compressed;
+  const int64_t stage = warmup_stage(config_, exchanges);
   std::vector<Shape> shapes;
   size_t fresh = slots_.size();
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -295,12 +308,14 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
     const auto place = places_.find(parameters[i].unsafeGetTensorImpl());
     const bool known = place != places_.end();
     shapes[i].stream = static_cast<uint32_t>(known ? place->second : fresh++);
-    if (known) shapes[i].ratio = slots_[place->second].ratio;
+    const std::optional<double> own = known ? slots_[place->second].ratio : std::nullopt;
+    shapes[i].ratio = ratio_in_stage(config_, own.value_or(config_.ratio), stage);
   }
   Owned made{
       make_bucket_state(config_, compressor_, world_size_, layouts, shapes, buffer, may_be_unused_),
       {}};
   BucketState& bucket = *made.state;
+  bucket.stage = stage;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const Slot* slot = slot_of(parameters[i]);
     if (slot != nullptr && slot->has_residual() && !bucket.plan.segments[i].compressed()) {
@@ -314,8 +329,8 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
 
   const std::lock_guard lock(mutex_);
   made.tenants = static_cast<int64_t>(parameters.size());
-  bucket.progress->exchanges = first_exchange_;
-  bucket.compressed = first_compressed_;
+  bucket.progress->exchanges = exchanges;
+  bucket.compressed = compressed;
   bucket.started = true;
   for (size_t i = 0; i < parameters.size(); ++i) {
     made.tensors.push_back(parameters[i].unsafeGetTensorImpl());
@@ -339,6 +354,17 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
 
 bool StateStore::move(const Slot& slot, BucketState& to, size_t index) const {
   const int64_t here = to.plan.segments[index].offset;
+  // A tensor that was dense has no own state: EF14 owes nothing, and EF21 begins with a dense step
+  // again. Under EF21M it has an h, the mean of what would be v_i: as v_i and h_i of every rank it
+  // leaves all means as they are.
+  const bool begins = to.plan.segments[index].compressed() && !slot.has_residual();
+  const auto begin = [&] {
+    if (!begins || !shares_estimate(config_.feedback)) return true;
+    if (!has_momentum(config_.feedback)) return false;
+    const Layout& layout = to.layouts[index];
+    part_of(to.own_b, here, layout).copy_(part_of(to.shared, here, layout));
+    return true;
+  };
   if (slot.kept) {
     const auto put = [&](const at::Tensor& arena, const at::Tensor& value) {
       if (arena.defined() && value.defined()) part_of(arena, here, to.layouts[index]).copy_(value);
@@ -347,23 +373,21 @@ bool StateStore::move(const Slot& slot, BucketState& to, size_t index) const {
     put(to.own_b, slot.kept->own_b);
     put(to.shared, slot.kept->shared);
     carry_basis(basis_of(to, index), slot.kept->basis);
-    return slot.kept->started;
+    return begin() && slot.kept->started;
   }
   if (slot.bucket == nullptr) return false;
   const BucketState& old = *slot.bucket;
   const int64_t there = old.plan.segments[slot.index].offset;
   const Layout& here_as = to.layouts[index];
   const Layout& there_as = old.layouts[slot.index];
-  carry(to.own_a, here, here_as, old.own_a, there, there_as);
-  carry(to.own_b, here, here_as, old.own_b, there, there_as);
+  if (!begins) {  // else nobody has kept up what lies there
+    carry(to.own_a, here, here_as, old.own_a, there, there_as);
+    carry(to.own_b, here, here_as, old.own_b, there, there_as);
+  }
   carry(to.shared, here, here_as, old.shared, there, there_as);
   carry_basis(basis_of(to, index), basis_of(old, slot.index));
   give_back(to.shared, here, to.plan.segments[index].numel, old, static_cast<int64_t>(slot.index));
-  if (index == 0) {
-    to.progress->exchanges = old.progress->exchanges.load();
-    to.compressed = old.compressed;
-  }
-  return old.started;
+  return begin() && old.started;
 }
 
 void StateStore::leave(const Slot& slot, BucketState& successor,

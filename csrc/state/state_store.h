@@ -75,6 +75,8 @@ class StateStore {
 
   // The bucket of these parameters as they lie in `buffer`; null: unknown, make() it.
   BucketState* find(const Parameters& parameters, const at::Tensor& buffer) const;
+  // Whether its next step is of another stage of the warm-up: make() it anew.
+  bool outgrown(const BucketState& bucket) const;
   // Whether making it takes state away from a bucket that is in the air, which must end before.
   bool takes_from_busy(const Parameters& parameters) const;
   // Throws std::invalid_argument before anything is touched. Buckets that are left empty go, each
@@ -123,7 +125,7 @@ class StateStore {
                             const std::vector<std::string>& names) const;
   void check(const Parameters& parameters, const std::vector<Layout>& layouts,
              const at::Tensor& buffer) const;
-  // Brings the values of a slot to where they are from now on. Whether they were started.
+  // Brings the values of a slot to where they are from now on. Whether h is the mean of the h_i.
   bool move(const Slot& slot, BucketState& to, size_t index) const;
   Kept copy_of(const Slot& slot) const;
   void leave(const Slot& slot, BucketState& successor,

@@ -55,6 +55,7 @@ class Chance {
     }
     config.eta = share();
     config.start_step = integer(0, 3) == 0 ? 1 : 0;
+    if (integer(0, 2) == 0) config.warmup_steps = integer(1, 6);
     if (integer(0, 1) == 0) config.wire_dtype = type();
     if (config.compressor == "arc_topk" || config.compressor == "low_rank") {
       if (integer(0, 2) == 0) config.wire_dtype = DType::kU8;

@@ -70,6 +70,31 @@ class StateTest : public ::testing::TestWithParam<FeedbackKind> {
   std::vector<at::Tensor> parameters_;
 };
 
+TEST_P(StateTest, AWarmUpMakesABucketAnewEightTimesAndInNoOtherStep) {
+  config_.start_step = 3;
+  config_.warmup_steps = 20;
+  StateStore store(config_, 2);
+  BucketState* state = &bucket(store, {0, 1, 2, 3, 4});
+  std::vector<uint64_t> made;
+  int64_t kept = state->plan.num_picks;
+  for (uint64_t step = 0; step < 40; ++step) {
+    state->progress->exchanges = step;
+    if (!store.outgrown(*state)) continue;
+    made.push_back(step);
+    const at::Tensor buffer = at::zeros({state->plan.numel});
+    state = &store.make(pick({0, 1, 2, 3, 4}), buffer, [](BucketState&) {});
+    EXPECT_EQ(state->progress->exchanges, step);
+    kept = state->plan.num_picks;
+  }
+  EXPECT_EQ(made, (std::vector<uint64_t>{6, 8, 11, 13, 16, 18, 21, 23}));
+  config_.warmup_steps = 0;
+  StateStore plain(config_, 2);
+  EXPECT_EQ(kept, bucket(plain, {0, 1, 2, 3, 4}).plan.num_picks);
+  state->progress->failed = true;
+  state->progress->exchanges = 0;
+  EXPECT_FALSE(store.outgrown(*state));  // it is this one that refuses its next step
+}
+
 TEST_P(StateTest, ArraysAreThoseOfTheFeedback) {
   StateStore store(config_, 2);
   const BucketState& state = bucket(store, {0, 1, 2});

@@ -21,11 +21,14 @@ GOOD: dict[str, list[Any]] = {
     "compressor": ["arc_topk", "dense", "low_rank", "rand_k", "top_k"],
     "feedback": ["ef14", "ef21", "ef21m", "none"],
     "ratio": [1, 0.1, 0.5, 1e-300, 1 - 1e-16],
+    "ratios": [None, {"*": 0.3}, {"0": 1, "[12]": 1e-300}],
     "rank": [None, 1, 4, 2**31 - 1],
     "sketch_dim": [1, 4, 64],
     "row_width": [None, 1, 8, 2**31 - 1],
     "eta": [None, 0.1, 1],
     "start_step": [0, 3, 2**62],
+    "warmup_steps": [0, 1, 2**31 - 1],
+    "warmup": ["exponential", "linear"],
     "wire_dtype": [None, *DTYPES, torch.uint8],
     "sketch_dtype": [None, torch.bfloat16],
     "state_dtype": [None, torch.float32, torch.bfloat16],
@@ -75,6 +78,11 @@ def check(number: int) -> str:
         lonely = (
             (fields.get("eta") is not None and fields.get("feedback") != "ef21m")
             or (fields.get("rank") is not None and not low_rank)
+            or (fields.get("rank") is not None and bool(fields.get("ratios")))
+            or (
+                bool(fields.get("warmup_steps"))
+                and (fields.get("rank") is not None or fields.get("compressor") == "dense")
+            )
             or (low_rank and fields.get("feedback") in ("ef21", "ef21m"))
             or (low_rank and fields.get("wire_dtype") == torch.uint8 and fields.get("sketch_dtype"))
             or (
@@ -103,7 +111,9 @@ def check(number: int) -> str:
             if config.compressor == "low_rank":
                 assert row.kept <= min(columns, config.rank or columns), row
                 continue
-            assert row.kept == max(1, math.ceil(config.ratio * rows * (1 - 1e-12))), row
+            assert row.kept == max(1, math.ceil(config.ratio_of(row.name) * rows * (1 - 1e-12))), (
+                row
+            )
     return "planned"
 
 
