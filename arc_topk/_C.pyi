@@ -29,6 +29,7 @@ class Config:
         spike_limit: float | None,
         check_every: int,
         resync_every: int | None,
+        adaptive: bool,
     ) -> None: ...
 
     compress_without_gain: bool
@@ -129,6 +130,13 @@ class Exchange:
 
     def metrics(self) -> dict[str, Any]: ...
     def reset_metrics(self) -> None: ...
+    def choice(self) -> tuple[int, list[str], list[float]] | None:
+        """What ``Config.adaptive`` has chosen; None: it is off.
+
+        The step that it was chosen in, 0 before the first choice; a form a bucket ("dense",
+        "bfloat16", "compressed"); seconds from a step's first bucket to its last result with all
+        buckets dense, all in bfloat16, each in what is fastest for it, and all compressed.
+        """
     @property
     def steps(self) -> int:
         """``metrics()["steps"]``, without waiting for a GPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -106,7 +107,8 @@ def advise(
 
     Args:
         ddp: as for `register`.
-        config: how gradients would be averaged; or give its fields as keywords.
+        config: how gradients would be averaged (``adaptive`` counts for nothing); or give its
+            fields as keywords.
         step: a forward and backward pass through ``ddp``. It is called some times, with and without
             averaging; then gradients are set to None. What averaging adds to it, behind what
             backward hides, is then measured. None: nothing is taken for hidden.
@@ -128,7 +130,7 @@ def advise(
     ]
     error: Exception | None = None
     try:
-        config = config_from(config, fields)
+        config = dataclasses.replace(config_from(config, fields), adaptive=False)
         check_hookable(wrapped)
         if config.compressor == "dense":
             raise ValueError("compressor is 'dense', which saves nothing; expected another one")

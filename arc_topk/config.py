@@ -95,6 +95,14 @@ class Config:
             dense bytes. None: 32 on a bfloat16 wire, 2048 on a float16 or uint8 one, 512 on a
             float32 one (docs/algorithm.md has what is left). 0: never. With any other feedback, and
             with ``"top_k"``, whose values are not summed on their way, nothing drifts.
+        adaptive: all ranks choose together, bucket by bucket, between plain averaging, plain
+            averaging in bfloat16 (of float32 gradients; it rounds as torch's
+            ``bf16_compress_hook`` does) and compression: what ends a step soonest, and the gentlest
+            of what is as fast within noise. The first seven steps try each form;
+            every 24th step they choose again, by what collectives and the hook's own work took
+            meanwhile. ``State.plan()`` says what was chosen, and why. With feedback ``"ef14"`` or
+            ``"none"``, for gradients on the CPU: what EF14 still owes goes along with the first
+            plain average. What is chosen depends on times: two runs do not end with the same bits.
 
     Raises:
         ValueError, TypeError: a field's value is not one of the above; the message names the field,
@@ -119,6 +127,7 @@ class Config:
     spike_limit: float | None = None
     check_every: int = 0
     resync_every: int | None = None
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         _one_of("compressor", self.compressor, COMPRESSORS)
@@ -189,6 +198,24 @@ class Config:
         self._take("check_every", _integer("check_every", self.check_every, 0, 2**62))
         if self.resync_every is not None:
             self._take("resync_every", _integer("resync_every", self.resync_every, 0, 2**62))
+        self._check_adaptive()
+
+    def _check_adaptive(self) -> None:
+        if not isinstance(self.adaptive, bool):
+            raise TypeError(
+                f"adaptive is {self.adaptive!r} ({type(self.adaptive).__name__}); expected True or "
+                "False"
+            )
+        if self.adaptive and self.compressor == "dense":
+            raise ValueError(
+                "adaptive is True with compressor='dense', which leaves nothing to choose; "
+                "expected a compressor, or adaptive=False"
+            )
+        if self.adaptive and self.feedback not in ("ef14", "none"):
+            raise ValueError(
+                f"adaptive is True with feedback='{self.feedback}', whose estimates grow old while "
+                "gradients are averaged plainly; expected feedback='ef14' or 'none'"
+            )
 
     def ratio_of(self, name: str) -> float:
         """The ratio of the parameter of this name."""
@@ -241,6 +268,7 @@ class Fields(TypedDict, total=False):
     spike_limit: float | None
     check_every: int
     resync_every: int | None
+    adaptive: bool
 
 
 def config_from(config: Config | None, fields: Mapping[str, Any]) -> Config:

@@ -57,6 +57,11 @@ class GradientExchange(ErrorFeedback):
         given: list[torch.Tensor] = []
         try:
             self.config = config_from(config, fields)
+            if self.config.adaptive:
+                raise ValueError(
+                    "adaptive is True for a GradientExchange, which does not know what backward "
+                    "hides; expected adaptive=False, or register(ddp)"
+                )
             given = _servable(tensors)
             self._names = [f"tensor {i}" for i in range(len(given))]
             self.config.check_names(self._names)

@@ -103,10 +103,11 @@ def make_plan(
     world_size: int,
     transport: str = "",
     step: int | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """The plan for named tensors: their shapes, strides and dtypes are used, not their values.
 
-    ``step``: whose ratios count; None: those behind the warm-up.
+    ``step``: whose ratios count; None: those behind the warm-up. ``notes``: more of them.
     """
     native = config.native()
     rows = []
@@ -122,8 +123,8 @@ def make_plan(
         rows.append(
             PlanRow(*about, wire, dense, state, why, every, resync if every else 0, travels)
         )
-    notes = _of_warmup(config) if step is None else ()
-    return Plan(tuple(rows), transport, notes + _notes(config, rows, world_size))
+    told = (*(_of_warmup(config) if step is None else ()), *_notes(config, rows, world_size))
+    return Plan(tuple(rows), transport, (*told, *notes))
 
 
 def _of_warmup(config: Config) -> tuple[str, ...]:

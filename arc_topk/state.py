@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from arc_topk import _C
 from arc_topk.accumulation import warn_of_accumulation
+from arc_topk.adaptive import notes_of, unadaptable
 from arc_topk.agreement import agree, describe_tensors, equal, gather
 from arc_topk.checkpoint import ErrorFeedback
 from arc_topk.checkpoint.contents import StateDict, empty, meta_of
@@ -138,8 +139,14 @@ class State(ErrorFeedback):
                 "State.plan() needs the parameters: call state.bind(ddp) or use register(ddp)"
             )
         assert self._transport is not None
-        world_size = dist.get_world_size(self._group)
-        return make_plan(self.config, self._named(), world_size, self._transport.name)
+        assert self._engine is not None
+        return make_plan(
+            self.config,
+            self._named(),
+            dist.get_world_size(self._group),
+            self._transport.name,
+            notes_of(self._engine.choice()),
+        )
 
     def _named(self) -> list[tuple[str, torch.Tensor]]:
         """The parameters that are trained."""
@@ -248,7 +255,7 @@ class State(ErrorFeedback):
             agree(
                 self.config,
                 [],
-                _nameless(self.config) or (None if self._group is not None else ambiguous(group)),
+                self._unbound_error(group),
                 group,
                 call="the first bucket of a State that is not bound",
                 wait=timeout_of(group),
@@ -257,6 +264,15 @@ class State(ErrorFeedback):
             self._go_on(group, device, [])
         assert self._engine is not None
         return self._engine
+
+    def _unbound_error(self, group: dist.ProcessGroup) -> Exception | None:
+        """Why the first bucket cannot be served before `bind`."""
+        if self.config.adaptive:
+            return ValueError(
+                "adaptive is True for a State that is not bound; expected state.bind(ddp) before "
+                "the first backward pass"
+            )
+        return _nameless(self.config) or (None if self._group is not None else ambiguous(group))
 
     def _go_on(
         self,
@@ -373,7 +389,7 @@ def bind_together(
         error = error or unservable_parameter(ddp, named)
         if error is None and state is not None:
             state.config.check_names([name for name, _ in every])
-            error = _unbindable(state, ddp, every)
+            error = _unbindable(state, ddp, every) or unadaptable(state.config, ddp, grad_scaler)
             if error is None and state._pending is not None:
                 holder = Holder("State", state.config, ddp.process_group, ddp.device, every)
                 loaded = load(holder, *state._pending)

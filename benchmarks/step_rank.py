@@ -30,6 +30,7 @@ from workload import Workload
 import arc_topk
 
 WARM_UP = 3  # EF21's dense step, PowerSGD's two, DDP's new buckets
+TRIALS = 9  # adaptive's seven, and DDP's new buckets
 INTERFACE = "eth0"
 ONE_BUCKET_MB = 100_000
 # Fields of arc_topk.Config, without ratio.
@@ -37,6 +38,8 @@ ENGINE: dict[str, dict[str, Any]] = {
     "arc_topk": {},
     "arc_topk_bf16": {"wire_dtype": torch.bfloat16, "sketch_dtype": torch.bfloat16},
     "arc_topk_uint8": {"wire_dtype": torch.uint8, "sketch_dtype": torch.bfloat16},
+    "adaptive": {"adaptive": True},
+    "adaptive_uint8": {"adaptive": True, "wire_dtype": torch.uint8, "sketch_dtype": torch.bfloat16},
     "arc_topk_ef21m": {"feedback": "ef21m"},
     "low_rank": {"compressor": "low_rank", "rank": 4},
     "low_rank_uint8": {"compressor": "low_rank", "rank": 4, "wire_dtype": torch.uint8},
@@ -163,6 +166,34 @@ def over_ranks(value: float, op: Any) -> float:
     return float(tensor)
 
 
+def warm_up_of(stepper: Stepper) -> int:
+    """Steps until a method does what it will go on doing."""
+    state = stepper.hook.state
+    return TRIALS if isinstance(state, arc_topk.State) and state.config.adaptive else WARM_UP
+
+
+def timed(stepper: Stepper, row: dict[str, Any]) -> None:
+    """One step, with what it took and sent."""
+    state = stepper.hook.state
+    if isinstance(state, arc_topk.State):
+        state.reset_metrics()
+    dist.barrier()
+    sent, cpu, begin = sent_bytes(), time.process_time(), time.perf_counter()
+    stepper.step()
+    seconds = time.perf_counter() - begin
+    cpu = time.process_time() - cpu
+    row["ms"].append(1e3 * over_ranks(seconds, dist.ReduceOp.MAX))
+    row["cpu_ms"].append(1e3 * over_ranks(cpu, dist.ReduceOp.SUM))
+    row["sent"].append(sent_bytes() - sent)  # only now all of it has left
+    if isinstance(state, arc_topk.State):
+        metrics = state.metrics()
+        row["link_bytes"] = metrics["link_bytes"]
+        phases = {phase: 1e3 * value for phase, value in metrics["seconds"].items()}
+        row.setdefault("phases_ms", []).append(phases)
+        if state.config.adaptive:
+            row["notes"] = list(state.plan().notes)
+
+
 def measure(
     steppers: list[Stepper], rounds: int, advance: Callable[[str], None]
 ) -> list[dict[str, Any]]:
@@ -171,32 +202,15 @@ def measure(
         {"method": s.hook.name, "bucket_mb": s.bucket_mb, "ms": [], "sent": [], "cpu_ms": []}
         for s in steppers
     ]
-    for number in range(WARM_UP + rounds):
+    for stepper in steppers:
+        for number in range(warm_up_of(stepper)):
+            stepper.prepare(number)
+            stepper.step()
+    for number in range(rounds):
         for stepper, row in zip(steppers, rows, strict=True):
             stepper.prepare(number)
-            state = stepper.hook.state
-            if isinstance(state, arc_topk.State):
-                state.reset_metrics()
-            dist.barrier()
-            sent, cpu, begin = sent_bytes(), time.process_time(), time.perf_counter()
-            stepper.step()
-            seconds = time.perf_counter() - begin
-            cpu = time.process_time() - cpu
-            seconds = over_ranks(seconds, dist.ReduceOp.MAX)
-            cpu = over_ranks(cpu, dist.ReduceOp.SUM)
-            sent = sent_bytes() - sent  # only now all of it has left
+            timed(stepper, row)
             advance(stepper.hook.name)
-            if number < WARM_UP:
-                continue
-            row["ms"].append(1e3 * seconds)
-            row["sent"].append(sent)
-            row["cpu_ms"].append(1e3 * cpu)
-            if isinstance(state, arc_topk.State):
-                metrics = state.metrics()
-                row["link_bytes"] = metrics["link_bytes"]
-                row.setdefault("phases_ms", []).append(
-                    {phase: 1e3 * value for phase, value in metrics["seconds"].items()}
-                )
     return rows
 
 
@@ -215,7 +229,8 @@ def verify(methods: list[str], ratio: float) -> None:
     small = Workload(SMALL, torch.float32)
     for method in methods:
         if method in ENGINE:
-            config = dataclasses.replace(config_of(method, max(ratio, 0.1)), sketch_dtype=None)
+            config = config_of(method, max(ratio, 0.1))
+            config = dataclasses.replace(config, sketch_dtype=None, adaptive=False)
             verify_against_oracle(engine_hook(method, config, small.ddp), small)
 
 
@@ -257,14 +272,14 @@ def main() -> None:
     rows = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(cells) * (WARM_UP + settings["rounds"]))
+        task = progress.add_task("", total=len(cells) * settings["rounds"])
 
         def advance(name: str) -> None:
             progress.update(task, description=f"{settings['label']}: {name}")
 
         for replay, ratio in cells:
             rows += cell(settings, replay, ratio, advance)
-            progress.advance(task, WARM_UP + settings["rounds"])
+            progress.advance(task, settings["rounds"])
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(rows))
     dist.barrier()

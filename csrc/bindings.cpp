@@ -40,7 +40,7 @@ Config make_config(std::string compressor, const std::string& feedback, double r
                    std::optional<at::ScalarType> sketch_dtype,
                    std::optional<at::ScalarType> state_dtype, uint64_t seed,
                    std::optional<double> spike_limit, int64_t check_every,
-                   std::optional<int64_t> resync_every) {
+                   std::optional<int64_t> resync_every, bool adaptive) {
   compressor_named(compressor);
   return {std::move(compressor),
           feedback_named(feedback),
@@ -58,7 +58,8 @@ Config make_config(std::string compressor, const std::string& feedback, double r
           seed,
           spike_limit,
           check_every,
-          resync_every};
+          resync_every,
+          adaptive};
 }
 
 // A lane may need the GIL to finish (a Python callback on a future): whoever lets the engine go
@@ -157,7 +158,8 @@ PYBIND11_MODULE(_C, module) {
            py::arg("ratio"), py::arg("rank"), py::arg("sketch_dim"), py::arg("row_width"),
            py::arg("eta"), py::arg("start_step"), py::arg("warmup_steps"), py::arg("warmup"),
            py::arg("wire_dtype"), py::arg("sketch_dtype"), py::arg("state_dtype"), py::arg("seed"),
-           py::arg("spike_limit"), py::arg("check_every"), py::arg("resync_every"))
+           py::arg("spike_limit"), py::arg("check_every"), py::arg("resync_every"),
+           py::arg("adaptive"))
       .def_readwrite("compress_without_gain", &Config::compress_without_gain);
 
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
@@ -222,6 +224,14 @@ PYBIND11_MODULE(_C, module) {
           py::arg("slots"), py::arg("exchanges"), py::arg("compressed"))
       .def("metrics", [](const Exchange& exchange) { return as_dict(exchange.metrics()); })
       .def("reset_metrics", &Exchange::reset_metrics)
+      .def("choice",
+           [](const Exchange& exchange) -> py::object {
+             const std::optional<Adaptive::Report> report = exchange.choice();
+             if (!report) return py::none();
+             py::list forms;
+             for (const Form form : report->forms) forms.append(name_of(form));
+             return py::make_tuple(report->step, forms, report->seconds);
+           })
       .def_property_readonly("steps", &Exchange::steps);
 
   module.def(

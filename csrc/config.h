@@ -28,6 +28,7 @@ struct Config {
   std::optional<double> spike_limit;    // none: no limit
   int64_t check_every = 0;              // 0: never
   std::optional<int64_t> resync_every;  // none: by the wire's type; 0: never
+  bool adaptive = false;                // dense, bfloat16 or compressed by what they take here
   bool compress_without_gain = false;  // tests alone: ratio 1 by way of sketch, select, pack, apply
 };
 

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/tensor.h>
 
 #include <cmath>
@@ -30,9 +31,85 @@ void BucketExchange::go_on_from(const BucketExchange& before) {
 
 Mode BucketExchange::choose_mode() const {
   if (number_ < static_cast<uint64_t>(shared_.config.start_step)) return Mode::kAverage;
+  if (shared_.adaptive) return mode_of(task_.form, task_.measured);
   if (state_.bucket.shared != nullptr && !state_.started) return Mode::kStart;
   return plan().in_place && state_.bucket.shared == nullptr ? Mode::kAverage : Mode::kCompress;
 }
+
+// --- Config::adaptive
+// ---------------------------------------------------------------------------------
+
+void BucketExchange::begin_form() {
+  task_ = {};
+  const auto start_step = static_cast<uint64_t>(shared_.config.start_step);
+  if (number_ < start_step) return;
+  if (!known_) shared_.adaptive->forget(number_);
+  known_ = true;
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  task_ = shared_.adaptive->begin(static_cast<size_t>(index_), number_,
+                                  std::chrono::duration<double>(now).count());
+}
+
+// What a bucket cannot do it does dense: it has nothing to compress, or is no float32. A dense one
+// goes the shortest way where nobody looks and nothing is owed.
+Mode BucketExchange::mode_of(Form form, bool measured) const {
+  if (form == Form::kCompressed && !plan().dense) return Mode::kCompress;
+  if (form == Form::kHalf && plan().types.gradient == DType::kF32) return Mode::kHalf;
+  const bool owes = owes_ && bucket().own_a != nullptr;
+  return measured || owes || !task_.exchange.empty() ? Mode::kDense : Mode::kAverage;
+}
+
+// Rare, and of torch's own operations. A gradient that may stand for none is let alone while it is
+// zero: DDP throws away what a parameter gets that no rank has used.
+void BucketExchange::add_owed() {
+  paying_.clear();
+  if (!owes_ || bucket().own_a == nullptr) return;
+  state_.compressor->settle(*this);
+  for (const Segment& s : plan().segments) {
+    if (!s.compressed()) continue;
+    at::Tensor gradient = state_.gradient[0].narrow(0, s.offset, s.numel);
+    if (bucket().may_be_unused && !gradient.any().item<bool>()) continue;
+    gradient.add_(state_.own_a.narrow(0, s.offset, s.numel));
+    paying_.push_back(&s);
+  }
+}
+
+// An element whose mean is not finite has paid nothing: it is owed still.
+void BucketExchange::clear_owed() {
+  if (!owes_ || bucket().own_a == nullptr) return;
+  for (const Segment* s : paying_) {
+    const at::Tensor paid = state_.gradient[0].narrow(0, s->offset, s->numel).isfinite();
+    state_.own_a.narrow(0, s->offset, s->numel).masked_fill_(paid, 0);
+  }
+  owes_ = state_.own_a.any().item<bool>();
+}
+
+// The first collective waits for the last rank to come, the second for nobody.
+void BucketExchange::agree() {
+  const auto begun = std::chrono::steady_clock::now();
+  std::vector<double> nothing{0};
+  collectives_.least(nothing);
+  task_.exchange[0] =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+  collectives_.least(task_.exchange);
+  shared_.adaptive->agree(task_.exchange);
+  since_ = std::chrono::steady_clock::now();  // the bucket's own time begins here
+}
+
+void BucketExchange::observe() {
+  const double cost =
+      mode_ == Mode::kCompress ? state_.compressor->link_cost(bucket().world_size) : 1;
+  const auto seconds = [&](Phase phase) { return metrics_.seconds[static_cast<int>(phase)]; };
+  shared_.adaptive->observe(
+      static_cast<size_t>(index_), task_.form,
+      {seconds(Phase::kPrepare),
+       seconds(Phase::kFirstCollective) + seconds(Phase::kSecondCollective),
+       seconds(Phase::kSelect) + seconds(Phase::kPack) + seconds(Phase::kApply)},
+      cost * static_cast<double>(metrics_.wire_bytes));
+}
+
+// --- a step
+// -------------------------------------------------------------------------------------------
 
 void BucketExchange::begin(const at::Tensor& buffer, int64_t index, bool result_in_buffer) {
   index_ = index;
@@ -56,6 +133,7 @@ void BucketExchange::begin(const at::Tensor& buffer, int64_t index, bool result_
   state_.bucket.rank = shared_.rank;
   state_.progress->busy = true;
   number_ = state_.progress->exchanges;
+  if (shared_.adaptive) begin_form();
   mode_ = choose_mode();
   threads_ = at::get_num_threads();
   metrics_ = {};
@@ -255,7 +333,16 @@ void BucketExchange::fill_payload() {
   sent_ = false;
   if (mode_ == Mode::kStart && bucket().own_a != nullptr) kernels().remember(bucket());
   if (mode_ == Mode::kCompress) state_.compressor->prepare(*this);
+  if (mode_ == Mode::kDense || mode_ == Mode::kHalf) add_owed();
+  if (mode_ == Mode::kHalf) {
+    kernels().divide(bucket());
+    if (half_.empty()) half_.push_back(at::empty_like(state_.gradient[0], at::kBFloat16));
+    half_[0].copy_(state_.gradient[0]);
+  }
   leave();
+  if (shared_.adaptive) {
+    shared_.adaptive->spent(metrics_.seconds[static_cast<int>(Phase::kPrepare)]);
+  }
 }
 
 at::Tensor BucketExchange::all_stages(c10d::ProcessGroup& one, c10d::ProcessGroup& two) {
@@ -269,9 +356,12 @@ at::Tensor BucketExchange::all_stages(c10d::ProcessGroup& one, c10d::ProcessGrou
 
 void BucketExchange::first() {
   phase_ = Phase::kFirstCollective;
+  if (!task_.exchange.empty()) agree();
   if (mode_ == Mode::kCompress) {
     if (must_resync()) resync();
     state_.compressor->first(*this);
+  } else if (mode_ == Mode::kHalf) {
+    all_reduce(half_, Phase::kFirstCollective);
   } else {
     average_gradient(Phase::kFirstCollective);
   }
@@ -294,10 +384,17 @@ at::Tensor BucketExchange::last() {
     state_.compressor->last(*this);
     ++state_.compressed;
     sent_ = bucket().feedback == FeedbackKind::kEF14 && bucket().own_a != nullptr;
+    owes_ = true;
   }
+  if (mode_ == Mode::kHalf) {
+    enter(Phase::kApply);
+    state_.gradient[0].copy_(half_[0]);
+  }
+  if (mode_ == Mode::kDense || mode_ == Mode::kHalf) clear_owed();
   at::Tensor averaged = result();
   if (must_check()) check(averaged);
   leave();
+  if (shared_.adaptive && mode_ != Mode::kAverage) observe();
   ++state_.progress->exchanges;
   count_step();
   return averaged;

@@ -22,6 +22,9 @@ enum class Mode : uint8_t {
   kAverage,  // plain averaging: before start_step, or nothing is compressed or remembered
   kStart,    // EF21, EF21M: the dense first step, v_i = h_i = g_i, h = mean g
   kCompress,
+  // Config::adaptive has chosen otherwise. What EF14 owes goes along: X_i = g_i + e_i, e_i = 0.
+  kDense,
+  kHalf,  // in bfloat16
 };
 
 class BucketExchange final : public Step, public CommThread::Job {
@@ -70,6 +73,12 @@ class BucketExchange final : public Step, public CommThread::Job {
   Streams* streams() { return shared_.streams_for(state_.backend.streams); }
   void prepare();
   void limit_spike();
+  void begin_form();
+  Mode mode_of(Form form, bool measured) const;
+  void add_owed();
+  void clear_owed();
+  void agree();
+  void observe();
   void fill_payload();
   c10::intrusive_ptr<c10::ivalue::Future> average();
   c10::intrusive_ptr<c10::ivalue::Future> promise();
@@ -112,6 +121,11 @@ class BucketExchange final : public Step, public CommThread::Job {
   int64_t index_ = 0;
   uint64_t number_ = 0;
   Mode mode_ = Mode::kCompress;
+  bool known_ = false;                  // to Shared::adaptive
+  Adaptive::Task task_;                 // of this step
+  bool owes_ = true;                    // own_a may have something in it that is not averaged yet
+  std::vector<const Segment*> paying_;  // what they owe goes along in this step
+  std::vector<at::Tensor> half_;        // the bucket in bfloat16
   bool sent_ = false;  // the step before has ended, and has sent what its residual then was without
   int threads_ = 0;    // the preparing thread's; a new thread would start with its own default
 

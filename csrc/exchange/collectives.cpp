@@ -1,5 +1,7 @@
 #include "exchange/collectives.h"
 
+#include <ATen/ops/from_blob.h>
+
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 namespace arc_topk {
@@ -29,16 +31,25 @@ void Collectives::begin(c10d::ProcessGroup& group, Metrics& metrics) {
   metrics_ = &metrics;
 }
 
-c10::intrusive_ptr<c10d::Work> Collectives::start_all_reduce(std::vector<at::Tensor>& payload) {
+c10::intrusive_ptr<c10d::Work> Collectives::start_all_reduce(
+    std::vector<at::Tensor>& payload, const c10d::AllreduceOptions& options) {
   // Ring algorithms: every byte goes around once to be summed and once to be told, less a rank's
   // own.
   const double n = group_->getSize();
   const auto bytes = static_cast<int64_t>(payload[0].nbytes());
   count(bytes, 2 * (n - 1) / n * static_cast<double>(bytes));
-  return group_->allreduce(payload);
+  return group_->allreduce(payload, options);
 }
 
 void Collectives::all_reduce(std::vector<at::Tensor>& payload) { wait(*start_all_reduce(payload)); }
+
+void Collectives::least(std::vector<double>& numbers) {
+  std::vector<at::Tensor> payload{
+      at::from_blob(numbers.data(), {static_cast<int64_t>(numbers.size())}, at::kDouble)};
+  c10d::AllreduceOptions options;
+  options.reduceOp = c10d::ReduceOp::MIN;
+  wait(*start_all_reduce(payload, options));
+}
 
 void Collectives::all_gather(at::Tensor& gathered, at::Tensor& message) {
   const auto bytes = static_cast<int64_t>(message.nbytes());

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/intrusive_ptr.h>
 
+#include <torch/csrc/distributed/c10d/Types.hpp>
 #include <vector>
 
 #include "exchange/lanes.h"
@@ -24,8 +25,11 @@ class Collectives {
 
   // Sums in place over all ranks. `payload`: a vector of one tensor.
   void all_reduce(std::vector<at::Tensor>& payload);
-  // The same, not waited for.
-  c10::intrusive_ptr<c10d::Work> start_all_reduce(std::vector<at::Tensor>& payload);
+  // The least of all ranks', number by number.
+  void least(std::vector<double>& numbers);
+  // all_reduce(), not waited for.
+  c10::intrusive_ptr<c10d::Work> start_all_reduce(std::vector<at::Tensor>& payload,
+                                                  const c10d::AllreduceOptions& options = {});
   // `gathered` = the messages of all ranks, one after the other.
   void all_gather(at::Tensor& gathered, at::Tensor& message);
 

@@ -36,7 +36,11 @@ Shared::Shared(Config the_config, Groups the_groups)
     : config(std::move(the_config)),
       groups(std::move(the_groups)),
       rank(groups.main->getRank()),
-      store(config, groups.main->getSize()) {}
+      store(config, groups.main->getSize()) {
+  if (config.adaptive) {
+    adaptive.emplace(compressor_named(config.compressor).has_second() ? 2 : 1);
+  }
+}
 
 Streams* Shared::streams_for(const std::optional<c10::Device>& device) {
   if (!device) return nullptr;
@@ -163,6 +167,7 @@ void Exchange::resume(Groups groups, uint64_t exchanges, bool afresh) {
   shared_.rank = shared_.groups.main->getRank();
   shared_.store.resume(exchanges, afresh);
   shared_.projection.forget();
+  if (shared_.adaptive) shared_.adaptive->restart();
   shared_.streams.reset();
   shared_.lifecycle.open();
 }
@@ -211,6 +216,11 @@ Metrics Exchange::metrics() const {
 void Exchange::reset_metrics() {
   shared_.store.reset_device_energy();
   shared_.metrics.reset();
+}
+
+std::optional<Adaptive::Report> Exchange::choice() const {
+  if (!shared_.adaptive) return std::nullopt;
+  return shared_.adaptive->report();
 }
 
 }  // namespace arc_topk

@@ -70,6 +70,8 @@ class Exchange {
   // Reads back what devices have summed up: waits for them. From any thread.
   Metrics metrics() const;
   void reset_metrics();
+  // Of Config::adaptive. From any thread.
+  std::optional<Adaptive::Report> choice() const;
   // metrics().steps, which waits for nothing.
   uint64_t steps() const { return shared_.metrics.read().steps; }
 

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "config.h"
+#include "exchange/adaptive.h"
 #include "exchange/lanes.h"
 #include "exchange/lifecycle.h"
 #include "exchange/metrics.h"
@@ -50,6 +51,7 @@ struct Shared {
   SharedProjection projection;
   Lifecycle lifecycle;
   MetricsSum metrics;
+  std::optional<Adaptive> adaptive;  // by Config::adaptive
   Lanes lanes;
 };
 
