@@ -43,6 +43,7 @@ ENGINE: dict[str, dict[str, Any]] = {
     "arc_topk_ef21m": {"feedback": "ef21m"},
     "low_rank": {"compressor": "low_rank", "rank": 4},
     "low_rank_uint8": {"compressor": "low_rank", "rank": 4, "wire_dtype": torch.uint8},
+    "low_rank_bytes": {"compressor": "low_rank", "wire_dtype": torch.uint8},
     "rand_k": {"compressor": "rand_k"},
     "top_k": {"compressor": "top_k"},
 }

@@ -1,17 +1,12 @@
 #include "exchange/bucket_exchange.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/tensor.h>
 
 #include <cmath>
 #include <exception>
 #include <stdexcept>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-
-#include "exchange/check.h"
 
 namespace arc_topk {
 
@@ -35,81 +30,6 @@ Mode BucketExchange::choose_mode() const {
   if (state_.bucket.shared != nullptr && !state_.started) return Mode::kStart;
   return plan().in_place && state_.bucket.shared == nullptr ? Mode::kAverage : Mode::kCompress;
 }
-
-// --- Config::adaptive
-// ---------------------------------------------------------------------------------
-
-void BucketExchange::begin_form() {
-  task_ = {};
-  const auto start_step = static_cast<uint64_t>(shared_.config.start_step);
-  if (number_ < start_step) return;
-  if (!known_) shared_.adaptive->forget(number_);
-  known_ = true;
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  task_ = shared_.adaptive->begin(static_cast<size_t>(index_), number_,
-                                  std::chrono::duration<double>(now).count());
-}
-
-// What a bucket cannot do it does dense: it has nothing to compress, or is no float32. A dense one
-// goes the shortest way where nobody looks and nothing is owed.
-Mode BucketExchange::mode_of(Form form, bool measured) const {
-  if (form == Form::kCompressed && !plan().dense) return Mode::kCompress;
-  if (form == Form::kHalf && plan().types.gradient == DType::kF32) return Mode::kHalf;
-  const bool owes = owes_ && bucket().own_a != nullptr;
-  return measured || owes || !task_.exchange.empty() ? Mode::kDense : Mode::kAverage;
-}
-
-// Rare, and of torch's own operations. A gradient that may stand for none is let alone while it is
-// zero: DDP throws away what a parameter gets that no rank has used.
-void BucketExchange::add_owed() {
-  paying_.clear();
-  if (!owes_ || bucket().own_a == nullptr) return;
-  state_.compressor->settle(*this);
-  for (const Segment& s : plan().segments) {
-    if (!s.compressed()) continue;
-    at::Tensor gradient = state_.gradient[0].narrow(0, s.offset, s.numel);
-    if (bucket().may_be_unused && !gradient.any().item<bool>()) continue;
-    gradient.add_(state_.own_a.narrow(0, s.offset, s.numel));
-    paying_.push_back(&s);
-  }
-}
-
-// An element whose mean is not finite has paid nothing: it is owed still.
-void BucketExchange::clear_owed() {
-  if (!owes_ || bucket().own_a == nullptr) return;
-  for (const Segment* s : paying_) {
-    const at::Tensor paid = state_.gradient[0].narrow(0, s->offset, s->numel).isfinite();
-    state_.own_a.narrow(0, s->offset, s->numel).masked_fill_(paid, 0);
-  }
-  owes_ = state_.own_a.any().item<bool>();
-}
-
-// The first collective waits for the last rank to come, the second for nobody.
-void BucketExchange::agree() {
-  const auto begun = std::chrono::steady_clock::now();
-  std::vector<double> nothing{0};
-  collectives_.least(nothing);
-  task_.exchange[0] =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
-  collectives_.least(task_.exchange);
-  shared_.adaptive->agree(task_.exchange);
-  since_ = std::chrono::steady_clock::now();  // the bucket's own time begins here
-}
-
-void BucketExchange::observe() {
-  const double cost =
-      mode_ == Mode::kCompress ? state_.compressor->link_cost(bucket().world_size) : 1;
-  const auto seconds = [&](Phase phase) { return metrics_.seconds[static_cast<int>(phase)]; };
-  shared_.adaptive->observe(
-      static_cast<size_t>(index_), task_.form,
-      {seconds(Phase::kPrepare),
-       seconds(Phase::kFirstCollective) + seconds(Phase::kSecondCollective),
-       seconds(Phase::kSelect) + seconds(Phase::kPack) + seconds(Phase::kApply)},
-      cost * static_cast<double>(metrics_.wire_bytes));
-}
-
-// --- a step
-// -------------------------------------------------------------------------------------------
 
 void BucketExchange::begin(const at::Tensor& buffer, int64_t index, bool result_in_buffer) {
   index_ = index;
@@ -413,56 +333,6 @@ void BucketExchange::start_dense() {
 at::Tensor BucketExchange::result() {
   const bool in_gradient = mode_ != Mode::kCompress || bucket().shared == nullptr;
   return in_gradient || kernels().publish(bucket()) ? state_.gradient[0] : state_.shared;
-}
-
-bool BucketExchange::must_resync() const {
-  const auto every = static_cast<uint64_t>(plan().resync_every);
-  return every > 0 && (number_ + 1) % every == 0;
-}
-
-// Of torch's own operations, on the current stream: it is rare, and takes memory as it needs it.
-void BucketExchange::resync() {
-  enter(Phase::kResync);
-  const at::Tensor& mine = has_momentum(bucket().feedback) ? state_.own_b : state_.own_a;
-  std::vector<at::Tensor> own, shared;
-  std::vector<int64_t> sizes;
-  for (const Segment& s : plan().segments) {
-    if (!s.compressed()) continue;
-    own.push_back(mine.narrow(0, s.offset, s.numel));
-    shared.push_back(state_.shared.narrow(0, s.offset, s.numel));
-    sizes.push_back(s.numel);
-  }
-  std::vector<at::Tensor> sum{at::cat(own).to(scalar_type_of(plan().types.work()))};
-  // Before they are summed: nothing is computed of the sum, which is the same bits on every rank.
-  sum[0].mul_(1.0 / bucket().world_size);
-  collectives_.all_reduce(sum);
-  const std::vector<at::Tensor> means = sum[0].split_with_sizes(sizes);
-  for (size_t i = 0; i < means.size(); ++i) shared[i].copy_(means[i]);
-}
-
-bool BucketExchange::must_check() const {
-  const auto every = static_cast<uint64_t>(shared_.config.check_every);
-  return mode_ != Mode::kAverage && every > 0 && (number_ + 1) % every == 0;
-}
-
-// The one thing in a step that waits for a device on the host, and takes memory.
-void BucketExchange::check(const at::Tensor& averaged) {
-  enter(Phase::kCheck);
-  static_assert(sizeof(Digests) == 2 * sizeof(int64_t));
-  const int world_size = shared_.groups.main->getSize();
-  at::Tensor mine = at::tensor({mode_ == Mode::kCompress ? digest_of(state_.picks) : 0,
-                                digest_of(state_.shared.defined() ? state_.shared : averaged)},
-                               at::kLong)
-                        .to(state_.device);
-  at::Tensor all = at::empty({2 * world_size}, mine.options());
-  collectives_.all_gather(all, mine);
-  const at::Tensor here = all.cpu();
-  const auto* digests = static_cast<const Digests*>(here.const_data_ptr());
-  const std::string what = difference(digests, world_size);
-  if (what.empty()) return;
-  throw std::runtime_error("in step " + std::to_string(number_ + 1) + " " + what +
-                           "; expected the same bits on every rank: see that all run the same "
-                           "versions of torch and arc-topk, and look at docs/troubleshooting.md");
 }
 
 // What plain averaging costs in DDP itself, to the bit: scaled in place, then one asynchronous
