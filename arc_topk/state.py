@@ -145,7 +145,7 @@ class State(ErrorFeedback):
             self._named(),
             dist.get_world_size(self._group),
             self._transport.name,
-            notes_of(self._engine.choice()),
+            notes=notes_of(self._engine.choice()),
         )
 
     def _named(self) -> list[tuple[str, torch.Tensor]]:
