@@ -19,11 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 import arc_topk
 from evidence.budget import fields_for, rank_for
 from evidence.methods import Method
+from evidence.trials import ONE_BUCKET_MB, ByMatrix
 
 LOCAL_STEPS = 8  # H
-# One bucket: PowerSGD makes collectives in callbacks, whose order over several buckets differs
-# between ranks, and Gloo, which pairs collectives by order, then aborts.
-ONE_BUCKET_MB = 100_000
 
 
 class Averaging(Protocol):
@@ -55,6 +53,7 @@ def attach(method: Method, model: nn.Module, budget: float | None, seed: int) ->
     """
     ways: dict[str, Callable[..., Averaging]] = {
         "engine": Engine, "bf16_hook": Bf16Hook, "powersgd": PowerSGD, "local_sgd": LocalSGD,
+        "by_matrix": by_matrix,
     }  # fmt: skip
     return ways[method.way](method, model, budget, seed)
 
@@ -96,6 +95,15 @@ def _norm_of_mean(tensors: Sequence[Tensor]) -> float:
     return mean.norm().item() / dist.get_world_size()
 
 
+def by_matrix(method: Method, model: nn.Module, budget: float | None, seed: int) -> ByMatrix:
+    """A trial: its choice beside the fields of `arc_topk.Config` that it begins with."""
+    assert budget is not None
+    fields = dict(method.config)
+    choice = fields.pop("choice")
+    fields = fields_for(fields, list(model.parameters()), dist.get_world_size(), budget)
+    return ByMatrix(choice, model, fields, seed)
+
+
 class Counted:
     """Counts the bytes of ``torch.distributed.all_reduce`` within ``counting()``'s reach."""
 
@@ -119,7 +127,11 @@ class Counted:
 
 
 class TorchHook(Counted):
-    """A hook of torch's: its calls are counted while it runs, in its callbacks too."""
+    """A hook of torch's: its calls are counted while it runs, in its callbacks too.
+
+    One bucket: PowerSGD makes collectives in callbacks, whose order over several buckets differs
+    between ranks, and Gloo, which pairs collectives by order, then aborts.
+    """
 
     def __init__(self, model: nn.Module, hook: Any, state: Any) -> None:
         super().__init__()

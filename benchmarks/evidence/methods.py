@@ -16,8 +16,10 @@ class Method:
 
     Attributes:
         name: as tables show it.
-        way: "engine" (ours), "bf16_hook", "powersgd" (torch's), "local_sgd": `averaging.attach`.
-        config: fields of `arc_topk.Config`, without those that follow from a budget.
+        way: "engine" (ours), "bf16_hook", "powersgd" (torch's), "local_sgd", "by_matrix" (a trial):
+            `averaging.attach`.
+        config: fields of `arc_topk.Config`, without those that follow from a budget; and a trial's
+            choice.
         tuned_as: the method whose grid decides over lr and beta1; "": it has a grid of its own.
         budgeted: its bytes can be chosen.
         curve: runs at every budget, and not at 10 % alone.
@@ -88,4 +90,13 @@ FEEDBACKS = {
     for feedback in ("ef14", "ef21", "ef21m")
 }  # fmt: skip
 
-METHODS = {**TABLE, **FEEDBACKS}
+# Tried on the small language model: trials.py.
+TRIALS = {
+    f"low rank, uint8: {choice}": Method(
+        f"low rank, uint8: {choice}", "by_matrix",
+        {**TABLE["low rank, uint8"].config, "choice": choice}, tuned_as="low rank, uint8",
+    )
+    for choice in ("rows or low rank", "one budget")
+}  # fmt: skip
+
+METHODS = {**TABLE, **FEEDBACKS, **TRIALS}

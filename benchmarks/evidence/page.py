@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from evidence.methods import FEEDBACKS, TABLE, Method
+from evidence.methods import FEEDBACKS, METHODS, TABLE, TRIALS, Method
 from evidence.plan import (
     BUDGETS,
     LONG_BUDGETS,
@@ -17,6 +17,7 @@ from evidence.plan import (
     RANK_BUDGETS,
     RANKS,
     SEEDS,
+    TRIAL_BUDGET,
     Planned,
     family,
     final_loss,
@@ -60,6 +61,15 @@ QUADRATICS = """\
 ## quadratics
 
 Which feedback suits which compressor: [feedback.md](feedback.md).
+"""
+
+
+TRIED = """\
+The same bytes dealt out otherwise, by the mean message itself (an all-reduce of X that no engine
+would make, not counted), at steps 20, 60, 150 and 300. *rows or low rank*: each matrix as rows or
+as columns, whichever leaves less of ||X||^2 behind; "by rows": how often it took rows, over seeds,
+looks and matrices. *one budget*: columns to the matrices where they carry most energy a byte.
+Neither is in the library.
 """
 
 
@@ -158,7 +168,7 @@ def _task(results: Results, task: str, planned: list[Planned], docs: Path) -> st
         draw(points, docs / picture, f"{task}: {about}", TASKS[task].unit)
         parts.append(f"![loss against bytes]({picture})\n")
     if task == "lm-small":
-        parts += [_ranks(results), _long(results)]
+        parts += [_trials(results), _ranks(results), _long(results)]
     if grid_task(task) == task:
         parts.append(_grids(results, task))
     return "\n".join(parts)
@@ -201,6 +211,26 @@ def _grids(results: Results, task: str) -> str:
             rows.append([owner, f"{beta1:g}", *texts])
     header = ("loss at 10 %, one seed", "beta1", *(f"lr {lr:g}" for lr in lrs))
     return f"### {task}: the grid\n\n{table(header, rows)}"
+
+
+def _trials(results: Results) -> str:
+    """What was tried and left out, seed by seed, beside low rank as it is."""
+    rows = []
+    for name in ("low rank, uint8", *TRIALS):
+        c = cell(results, "lm-small", METHODS[name], TRIAL_BUDGET)
+        steps = TASKS["lm-small"].steps
+        runs = [Run("lm-small", name, TRIAL_BUDGET, RANKS, steps, seed) for seed in SEEDS]
+        share = f"{100 * c.share():.2f} %" if c.records else ""
+        mean = spread(c.losses) if c.records else NOT_RUN
+        by_rows = [look["by_rows"] for r in c.records for k, look in r.items() if _is_look(k)]
+        taken = str(sum(by_rows)) if by_rows else ""
+        rows.append([name, share, *(_loss(results, run) for run in runs), mean, taken])
+    header = ("loss", "bytes", *(f"seed {seed}" for seed in SEEDS), "mean", "by rows")
+    return f"### lm-small: trials at {_aimed(TRIAL_BUDGET)}\n\n{TRIED}\n{table(header, rows)}"
+
+
+def _is_look(field: str) -> bool:
+    return field.startswith("step ")
 
 
 def _ranks(results: Results) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Iterator
 
-from evidence.methods import FEEDBACKS, METHODS, TABLE, Method
+from evidence.methods import FEEDBACKS, METHODS, TABLE, TRIALS, Method
 from evidence.runs import Record, Results, Run
 from evidence.tasks import TASKS
 
@@ -15,9 +15,10 @@ BUDGETS = (0.1, 0.05, 0.025, 0.012, 0.006)  # the first is the one that methods 
 SEEDS = (0, 1, 2)
 RANKS = 4
 OTHER_RANKS, RANK_BUDGETS = (1, 2, 8, 16), (0.1, 0.025)
+TRIAL_BUDGET = 0.025
 LONG_STEPS, LONG_BUDGETS = 3000, (0.025, 0.012)
 # Tasks beside the small language model compare fewer methods: tuned dense, and the curve's.
-STAGES = ("quadratics", "grid", "final", "curve", "ranks", "long")
+STAGES = ("quadratics", "grid", "final", "curve", "trial", "ranks", "long")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ def plan() -> list[Planned]:
     for task in ("lm-small", "digits", "minilm", "lm-large"):
         planned += _grid(task)
         planned += _final(task)
-    planned += [*_curve(), *_ranks(), *_long()]
+    planned += [*_curve(), *_trial(), *_ranks(), *_long()]
     return planned
 
 
@@ -104,6 +105,15 @@ def _curve() -> list[Planned]:
         for method in TABLE.values()
         if method.curve
         for seed in (SEEDS if budget in LONG_BUDGETS else SEEDS[:1])
+    ]
+
+
+def _trial() -> list[Planned]:
+    """What was tried, where low rank and rows are far apart."""
+    return [
+        Planned("trial", _run("lm-small", method, TRIAL_BUDGET, seed=seed))
+        for method in TRIALS
+        for seed in SEEDS
     ]
 
 

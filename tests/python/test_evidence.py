@@ -19,7 +19,7 @@ import evidence
 from evidence import __main__ as command
 from evidence import page
 from evidence.budget import OutOfReachError, fields_for, rank_for
-from evidence.methods import METHODS, TABLE
+from evidence.methods import METHODS, TABLE, TRIALS
 from evidence.plan import (
     BUDGETS,
     MOST_RUNS,
@@ -33,6 +33,7 @@ from evidence.plan import (
 from evidence.runs import Record, Results, Run
 from evidence.tasks import TASKS
 from evidence.train import train
+from evidence.trials import one_budget, rows_or_columns
 
 import arc_topk
 from arc_topk.plan import make_plan
@@ -237,6 +238,40 @@ def test_bytes_of_torchs_hooks_and_of_local_sgd_are_counted(pools: Pools) -> Non
     assert compressed <= 0.1 * 4 * numel
 
 
+# --- trials --------------------------------------------------------------------------------------
+
+
+def chosen(rank: int, ranks: int) -> None:
+    base = {**TABLE["low rank, uint8"].config, "ratio": 0.05}
+    torch.manual_seed(0)
+    sparse = torch.zeros(300, 40)  # few rows have it all, and no few columns do
+    sparse[::60] = torch.randn(5, 40) * 10
+    flat = torch.randn(200, 2) @ torch.randn(2, 200) + 0.01 * torch.randn(200, 200)
+    rows, columns, vector = rows_or_columns([sparse, flat, torch.randn(7)], base)
+    assert rows["compressor"] == "arc_topk" and columns == vector == base
+
+    # Of two matrices the one that has all the energy gets all columns but one.
+    strong, weak = 100 * torch.randn(100, 100), torch.randn(100, 100)
+    first, second, last = one_budget([strong, weak, torch.randn(7)], base)
+    (before,) = make_plan(arc_topk.Config(**base), [("x", strong)], ranks).rows
+    (after,) = make_plan(arc_topk.Config(**first), [("x", strong)], ranks).rows
+    assert second["rank"] == 1 and last == base and before.kept is not None
+    assert first["rank"] == 2 * before.kept - 1
+    assert before.wire_bytes < after.wire_bytes <= 2 * before.wire_bytes
+
+
+def test_trials_choose_by_energy_within_the_bytes(pools: Pools) -> None:
+    pools.of(2).run(chosen)
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_trials_train_at_low_ranks_bytes(pools: Pools, name: str) -> None:
+    run = Run("lm-small", name, 0.025, 2, 3, 0, 1e-2, 0.5)
+    one, two = pools.of(2).run(on_rank, run)
+    assert one["wire_bytes"] == two["wire_bytes"] <= 0.025 * one["dense_bytes"]
+    assert one["loss"] == two["loss"]
+
+
 @pytest.mark.parametrize("name", [m.name for m in TABLE.values() if m.budgeted])
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_as_much_of_a_budget_is_used_as_whole_rows_allow(name: str, ranks: int) -> None:
@@ -314,7 +349,7 @@ def test_the_page_is_written_from_the_results(tmp_path: Path) -> None:
     assert (tmp_path / "results-lm-small.png").stat().st_size > 1000
 
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 4
+    assert len(tables) == 5
     for block in tables:
         assert len({len(line) for line in block.strip().splitlines()}) == 1, block
 
