@@ -12,9 +12,11 @@ constexpr double kUnmeasured = std::numeric_limits<double>::infinity();
 constexpr uint64_t kTrialsOfEach = 2;
 constexpr uint64_t kFirst = kTrialsOfEach * kNumForms + 1;
 // Then: so many steps from one agreement to the next, the last of which carries it; before it two
-// that are measured, and before these one of a form that is nearly as fast.
+// that are measured, and before these one of another form.
 constexpr uint64_t kEvery = 24;
-constexpr double kNear = 1.25;
+// Trying another form may take half a hundredth of the time: one that is predicted to take x times
+// as long as what is in use waits for 8 (x - 1) agreements.
+constexpr double kLongerAnAgreement = 1.0 / 8;
 constexpr size_t kNumbers = 1 + 3 * kNumForms;  // of a bucket, in the exchange
 constexpr size_t kHead = 1;                     // before them: the latency
 
@@ -43,7 +45,7 @@ std::optional<Form> Adaptive::trial(uint64_t phase) const {
   if (phase < kFirst) {
     return static_cast<Form>(std::min<uint64_t>(phase / kTrialsOfEach, kNumForms - 1));
   }
-  if ((phase - kFirst) % kEvery == kEvery - 4) return near_;
+  if ((phase - kFirst) % kEvery == kEvery - 4) return to_try_;
   return std::nullopt;
 }
 
@@ -101,7 +103,8 @@ void Adaptive::restart() {
   latency_ = 0;
   chosen_.clear();
   next_.clear();
-  near_.reset();
+  to_try_.reset();
+  unseen_.fill(0);
   agreeing_.reset();
   report_ = {};
 }
@@ -173,17 +176,29 @@ void Adaptive::agree(const std::vector<double>& least) {
 
   std::array<Choice, kNumChoices> choices = choices_of(known_);
   const size_t best = choose(choices, chosen_);
-  const double fastest = choices[best].seconds;
-  near_.reset();
-  for (const size_t i : {size_t{0}, size_t{1}, kNumChoices - 1}) {
-    const bool used = choices[i].forms == choices[best].forms;
-    if (!used && !near_ && choices[i].seconds < kNear * fastest) near_ = choices[i].forms[0];
-  }
+  choose_trial(least, choices, choices[best]);
   report_ = {*agreeing_ + 1, choices[best].forms, {}};
   for (size_t i = 0; i < kNumChoices; ++i) report_.seconds[i] = choices[i].seconds;
   // Read by begin() from the next step on: this one's buckets may be half-way through theirs.
   next_ = std::move(choices[best].forms);
   agreeing_.reset();
+}
+
+// What is known of a form that is not in use grows old, or was measured in a bad moment.
+void Adaptive::choose_trial(const std::vector<double>& least,
+                            const std::array<Choice, kNumChoices>& choices, const Choice& used) {
+  to_try_.reset();
+  double most = 0;
+  for (size_t form = 0; form < kNumForms; ++form) {
+    const bool seen = measured(number(least, 0, 2 + 3 * form));
+    unseen_[form] = seen ? 0 : unseen_[form] + 1;
+    // The choices of one form for all: the last is the third form's.
+    const Choice& all = choices[form + 1 < kNumForms ? form : kNumChoices - 1];
+    const double longer = all.seconds / used.seconds - 1;
+    if (all.forms == used.forms || longer > kLongerAnAgreement * unseen_[form]) continue;
+    if (unseen_[form] > most) to_try_ = static_cast<Form>(form);
+    most = std::max(most, unseen_[form]);
+  }
 }
 
 Adaptive::Report Adaptive::report() const {

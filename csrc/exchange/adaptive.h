@@ -63,6 +63,8 @@ class Adaptive {
  private:
   std::optional<Form> trial(uint64_t phase) const;
   std::vector<double> to_exchange() const;
+  void choose_trial(const std::vector<double>& least,
+                    const std::array<Choice, kNumChoices>& choices, const Choice& used);
   double latency_of(size_t form, double latency) const;
   double growing(size_t bucket, size_t form, double latency) const;
 
@@ -78,9 +80,10 @@ class Adaptive {
   std::vector<std::array<double, kNumForms>> bytes_;  // of a bucket in each form
   double latency_ = 0;
   std::vector<Form> chosen_;
-  std::vector<Form> next_;            // chosen in this step, for those behind it
-  std::optional<Form> near_;          // nearly as fast as what is in use
-  std::optional<uint64_t> agreeing_;  // the step whose agreement is on its way
+  std::vector<Form> next_;  // chosen in this step, for those behind it
+  std::optional<Form> to_try_;
+  std::array<double, kNumForms> unseen_{};  // agreements since a form was measured
+  std::optional<uint64_t> agreeing_;        // the step whose agreement is on its way
   Report report_;
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <barrier>
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -41,6 +42,7 @@ class ThreadGroup final : public c10d::ProcessGroup {
                                            const c10d::AllreduceOptions&) override {
     if (!failure.empty()) throw std::runtime_error(failure);
     ++collectives;
+    std::this_thread::sleep_for(latency);
     at::Tensor& mine = tensors.at(0);
     if (getSize() > 1) {
       meeting_->offered[getRank()] = mine;
@@ -70,6 +72,7 @@ class ThreadGroup final : public c10d::ProcessGroup {
   const std::string getBackendName() const override { return "threads"; }
 
   int collectives = 0;
+  std::chrono::milliseconds latency{0};      // of each sum
   std::string failure;                       // what the next collective throws, if not empty
   std::function<void(at::Tensor&)> corrupt;  // what has arrived on this rank
 
