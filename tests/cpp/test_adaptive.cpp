@@ -193,23 +193,28 @@ at::Tensor averaged(const testing::Future& future) {
 
 class AdaptiveEngineTest : public ::testing::TestWithParam<const char*> {};
 
-// Small integers: float32 sums and bfloat16 hold them exactly, and low rank's rounding is all there
-// is.
+// Small integers: float32 sums and bfloat16 hold them exactly. What low rank leaves owed is none,
+// and bfloat16 rounds it when it is given back.
 TEST_P(AdaptiveEngineTest, WhatIsOwedComesOutWhateverTheForm) {
   double seconds_a_byte = 0;
   Config config;
   config.compressor = GetParam();
+  config.sketch_dim = 1;
   config.adaptive = true;
   const auto link = [&] { return c10::make_intrusive<LinkGroup>(seconds_a_byte); };
   Exchange engine(config, Groups{link(), link(), link()});
   const std::vector<testing::OneBucket> buckets{testing::OneBucket(4096), testing::OneBucket(5000)};
   std::vector<at::Tensor> owed;
   for (const auto& b : buckets) owed.push_back(at::zeros_like(b.gradient, at::kDouble));
-  // Slow, fast, slow again: 13 ms a dense bucket, or next to nothing.
+  // Slow, fast, slow again: 13 ms a dense bucket, or next to nothing. Where the hook's own work
+  // takes longer than that, by a sanitizer or on a busy machine, the link becomes as slow as it
+  // must.
+  double slowness = 5e-8;
   size_t came = 0;
-  for (int step = 0; step < 2000 && came < 3; ++step) {
+  for (int step = 0, since = 0; step < 2000 && came < 3; ++step, ++since) {
     const bool slow = came != 1;
-    seconds_a_byte = slow ? 5e-8 : 0;
+    if (slow && since % 40 == 39) slowness *= 2;
+    seconds_a_byte = slow ? slowness : 0;
     std::vector<testing::Future> futures;
     std::vector<at::Tensor> given;
     for (size_t i = 0; i < buckets.size(); ++i) {
@@ -223,7 +228,9 @@ TEST_P(AdaptiveEngineTest, WhatIsOwedComesOutWhateverTheForm) {
     }
     const auto report = engine.choice();
     ASSERT_TRUE(report.has_value());
-    if (report->step > 0 && (report->forms[0] == kC) == slow) ++came;
+    if (report->step == 0 || (report->forms[0] == kC) != slow) continue;
+    ++came;
+    since = 0;
   }
   EXPECT_EQ(came, 3);
   const Exchange::Saved saved = engine.snapshot();
@@ -231,7 +238,8 @@ TEST_P(AdaptiveEngineTest, WhatIsOwedComesOutWhateverTheForm) {
     const auto& kept = saved.slots[2 * i].second;
     ASSERT_TRUE(kept.has_value());
     const at::Tensor matrix = owed[i].narrow(0, 0, kept->own_a.numel());
-    EXPECT_LT((matrix - kept->own_a.flatten()).abs().max().item<double>(), 1e-3);
+    const double rounded = config.compressor == "low_rank" ? 0.5 : 0;
+    EXPECT_LE((matrix - kept->own_a.flatten()).abs().max().item<double>(), rounded);
     const int64_t rest = owed[i].numel() - matrix.numel();
     EXPECT_EQ(owed[i].narrow(0, matrix.numel(), rest).abs().max().item<double>(), 0);
   }
