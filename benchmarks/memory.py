@@ -1,11 +1,11 @@
 """Peak memory of training with each method, against what the plan says that it keeps.
 
 A LLaMA-like model, real steps on short sequences, a new process a rank and method; the kernel's own
-count of the most that a process has held (VmHWM), of the rank that held most. "beyond dense": what
-a method holds more than DDP's plain averaging, which has Gloo's own buffers for its buckets in it.
-"planned": error feedback (`State.plan()`) and the two payloads (its bytes on the wire). "left over"
-is what the plan does not tell of, as a share of dense's peak; negative: Gloo needs less for fewer
-bytes.
+count of the most that a process has held (VmHWM) and of what it holds behind the last step (VmRSS),
+of the rank that held most. "beyond dense": what a method holds more than DDP's plain averaging,
+which has Gloo's own buffers for its buckets in it. "planned": error feedback (`State.plan()`) and
+the two payloads (its bytes on the wire). When DDP makes its buckets anew, in the second step, old
+and new error feedback are there together.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ examples:
 """
 
 
-def peak_bytes() -> int:
-    """The most that this process has held in memory so far."""
+def held(what: str) -> int:
+    """Bytes that this process holds ("VmRSS"), or the most that it has held ("VmHWM")."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{what}:"):
             return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmHWM; expected Linux")
+    raise RuntimeError(f"/proc/self/status has no {what}; expected Linux")
 
 
 def rank_main(rank: int, ranks: int, method: str, model: str, ratio: float, folder: str) -> None:
@@ -70,19 +70,18 @@ def rank_main(rank: int, ranks: int, method: str, model: str, ratio: float, fold
         optimizer.zero_grad()
         ddp(torch.randint(0, 256, (1, TOKENS + 1))).backward()
         optimizer.step()
-    Path(folder, f"rank_{rank}").write_text(f"{peak_bytes()} {planned}")
+    Path(folder, f"rank_{rank}").write_text(f"{held('VmHWM')} {held('VmRSS')} {planned}")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(method: str, args: argparse.Namespace) -> tuple[int, int]:
-    """Peak and planned bytes of the rank that held most."""
+def measure(method: str, args: argparse.Namespace) -> tuple[int, ...]:
+    """Peak, bytes held in the end, and planned bytes, of the rank that held most."""
     with tempfile.TemporaryDirectory() as folder:
         given = (args.ranks, method, args.model, args.ratio, folder)
         mp.spawn(rank_main, args=given, nprocs=args.ranks)
         texts = [Path(folder, f"rank_{rank}").read_text() for rank in range(args.ranks)]
-    peak, planned = max(tuple(map(int, text.split())) for text in texts)
-    return peak, planned
+    return max(tuple(map(int, text.split())) for text in texts)
 
 
 def main() -> int:
@@ -99,16 +98,14 @@ def main() -> int:
     console = Console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("MB")
-    for column in ("peak", "beyond dense", "planned", "left over"):
+    for column in ("peak", "beyond dense", "in the end", "beyond dense", "planned"):
         table.add_column(column, justify="right")
-    dense = 0
+    dense: tuple[int, ...] = ()
     for method in track(list(METHODS), console=Console(stderr=True), transient=True):
-        peak, planned = measure(method, args)
-        dense = dense or peak
-        left = peak - dense - planned
-        numbers = (peak, peak - dense, planned)
-        cells = [f"{n / 1e6:,.0f}" for n in numbers]
-        table.add_row(method, *cells, f"{100 * left / dense:+.1f} %")
+        peak, end, planned = measure(method, args)
+        dense = dense or (peak, end)
+        numbers = (peak, peak - dense[0], end, end - dense[1], planned)
+        table.add_row(method, *(f"{n / 1e6:,.0f}" for n in numbers))
     console.print(f"{args.model}, {args.ranks} ranks, ratio {args.ratio:g}, {STEPS} steps")
     console.print(table)
     return 0
