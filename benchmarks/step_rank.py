@@ -40,6 +40,7 @@ ENGINE: dict[str, dict[str, Any]] = {
     "arc_topk_uint8": {"wire_dtype": torch.uint8, "sketch_dtype": torch.bfloat16},
     "adaptive": {"adaptive": True},
     "adaptive_uint8": {"adaptive": True, "wire_dtype": torch.uint8, "sketch_dtype": torch.bfloat16},
+    "engine_dense": {"compressor": "dense", "feedback": "none"},
     "arc_topk_ef21m": {"feedback": "ef21m"},
     "low_rank": {"compressor": "low_rank", "rank": 4},
     "low_rank_uint8": {"compressor": "low_rank", "rank": 4, "wire_dtype": torch.uint8},
