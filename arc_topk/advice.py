@@ -134,6 +134,7 @@ def advise(
         check_hookable(wrapped)
         if config.compressor == "dense":
             raise ValueError("compressor is 'dense', which saves nothing; expected another one")
+        config.check_names([name for name, _ in named])
         error = unservable_parameter(wrapped, named)
     except Exception as found:  # whatever it is: the other ranks must learn of it
         error = found
@@ -234,7 +235,9 @@ def _hook(
     """Of a sample of these tensors' gradients."""
     sample = _sample(tensors)
     device = sample[0].device
-    exchange = GradientExchange(sample, config, group)
+    # The steps for good; names, and with them ratios of their own, are the model's.
+    settled = dataclasses.replace(config, ratios=None, warmup_steps=0, start_step=0)
+    exchange = GradientExchange(sample, settled, group)
     metrics: dict[str, Any] = {}
     link_cost, found = 1.0, []
     for number in range(WARM_UP + REPEATS):

@@ -190,7 +190,10 @@ void Adaptive::choose_trial(const std::vector<double>& least,
   to_try_.reset();
   double most = 0;
   for (size_t form = 0; form < kNumForms; ++form) {
-    const bool seen = measured(number(least, 0, 2 + 3 * form));
+    bool seen = true;
+    for (size_t i = 0; i < used.forms.size(); ++i) {
+      seen = seen && measured(number(least, i, 2 + 3 * form));
+    }
     unseen_[form] = seen ? 0 : unseen_[form] + 1;
     // The choices of one form for all: the last is the third form's.
     const Choice& all = choices[form + 1 < kNumForms ? form : kNumChoices - 1];

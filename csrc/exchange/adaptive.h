@@ -30,7 +30,7 @@ class Adaptive {
   // What a step does with a bucket.
   struct Task {
     Form form = Form::kDense;
-    bool measured = false;  // its collective is not to overlap with other ones
+    bool measured = false;  // over a lane, where it is timed, whatever the form
     // Not empty: its first number is to become the seconds that an all-reduce of next to nothing
     // takes; then the least of all ranks' goes to agree().
     std::vector<double> exchange;

@@ -44,11 +44,14 @@ c10::intrusive_ptr<c10d::Work> Collectives::start_all_reduce(
 void Collectives::all_reduce(std::vector<at::Tensor>& payload) { wait(*start_all_reduce(payload)); }
 
 void Collectives::least(std::vector<double>& numbers) {
+  // A copy: who gives up waiting leaves the group with what it works on.
   std::vector<at::Tensor> payload{
-      at::from_blob(numbers.data(), {static_cast<int64_t>(numbers.size())}, at::kDouble)};
+      at::from_blob(numbers.data(), {static_cast<int64_t>(numbers.size())}, at::kDouble).clone()};
   c10d::AllreduceOptions options;
   options.reduceOp = c10d::ReduceOp::MIN;
   wait(*start_all_reduce(payload, options));
+  const auto* least = payload[0].const_data_ptr<double>();
+  numbers.assign(least, least + numbers.size());
 }
 
 void Collectives::all_gather(at::Tensor& gathered, at::Tensor& message) {

@@ -198,6 +198,7 @@ void Exchange::restore(std::vector<std::optional<Kept>> kept, uint64_t exchanges
                        uint64_t compressed) {
   const auto entered = enter();
   settle_between_steps();
+  if (shared_.adaptive) shared_.adaptive->restart();
   shared_.store.restore(std::move(kept), exchanges, compressed,
                         [this](BucketState& old) { exchanges_.erase(&old); });
 }

@@ -52,6 +52,13 @@ def test_all_ranks_get_one_advice(ranks: Ranks, compressor: str) -> None:
     assert f"{len(results)} ranks, 0.0 M parameters" in text and "dense:" in text
 
 
+def test_ratios_and_a_warm_up_are_the_models(ranks: Ranks) -> None:
+    fields = {"ratio": 0.5, "ratios": {"tensors.*": 0.05}, "warmup_steps": 100}
+    (small, _), *_ = ranks.run(advised, None, fields)
+    (large, _), *_ = ranks.run(advised, None, {"ratio": 0.5})
+    assert small.wire_bytes < large.wire_bytes
+
+
 def test_a_slow_link_is_worth_it_and_a_fast_one_is_not(ranks: Ranks) -> None:
     for advice, text in ranks.run(advised, SLOW, {"ratio": 0.05}):
         assert advice.worth_it and advice.saves > 0
