@@ -96,13 +96,13 @@ class Config:
             float32 one (docs/algorithm.md has what is left). 0: never. With any other feedback, and
             with ``"top_k"``, whose values are not summed on their way, nothing drifts.
         adaptive: all ranks choose together, bucket by bucket, between plain averaging, plain
-            averaging in bfloat16 (of float32 gradients; they are rounded once, and
-            then summed in it) and compression: what ends a step soonest, and the gentlest
-            of what is as fast within noise. The first seven steps try each form;
-            every 24th step they choose again, by what collectives and the hook's own work took
-            meanwhile. ``State.plan()`` says what was chosen, and why. With feedback ``"ef14"`` or
-            ``"none"``, for gradients on the CPU: what EF14 still owes goes along with the first
-            plain average. What is chosen depends on times: two runs do not end with the same bits.
+            averaging in bfloat16 (of float32 gradients; they are rounded once, and then summed in
+            it) and compression: what ends a step soonest, and the gentlest of what is as fast
+            within noise. The first seven steps try each form; every 24th step they choose again, by
+            what collectives and the hook's own work took meanwhile. ``State.plan()`` says what was
+            chosen, and why. With feedback ``"ef14"`` or ``"none"``, for gradients on the CPU: what
+            EF14 still owes goes along with the first plain average. What is chosen depends on
+            times: two runs do not end with the same bits.
 
     Raises:
         ValueError, TypeError: a field's value is not one of the above; the message names the field,

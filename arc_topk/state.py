@@ -272,7 +272,13 @@ class State(ErrorFeedback):
                 "adaptive is True for a State that is not bound; expected state.bind(ddp) before "
                 "the first backward pass"
             )
-        return _nameless(self.config) or (None if self._group is not None else ambiguous(group))
+        if self.config.ratios:
+            return ValueError(
+                f"ratios is {self.config.ratios}, and the State is not bound: its parameters have "
+                "no names that a pattern could match; expected state.bind(ddp), or register(ddp), "
+                "before the first step"
+            )
+        return None if self._group is not None else ambiguous(group)
 
     def _go_on(
         self,
@@ -428,16 +434,6 @@ def bind_together(
 def _shape_of(parameter: torch.Tensor) -> torch.Tensor:
     like = torch.empty_like(parameter, device="meta")
     return like.requires_grad_(parameter.requires_grad)
-
-
-def _nameless(config: Config) -> Exception | None:
-    """Why a state cannot begin that knows no names, if it cannot."""
-    if not config.ratios:
-        return None
-    return ValueError(
-        f"ratios is {config.ratios}, and the State is not bound: its parameters have no names that "
-        "a pattern could match; expected state.bind(ddp), or register(ddp), before the first step"
-    )
 
 
 def _unbindable(

@@ -31,10 +31,11 @@ def collect(engine: _C.Exchange, holder: Holder, call: str, gather: bool) -> Sta
     shared: dict[str, torch.Tensor] = {}
     bases: dict[str, torch.Tensor] = {}
     for (name, parts), (_, tensor) in zip(slots, holder.tensors, strict=True):
-        fresh = _fresh_parts(holder, name, tensor)
-        if parts is not None:
-            parts = _as_ever(parts, fresh) if holder.config.warmup_steps else parts
-        a, b, h, basis, _ = parts or fresh
+        if parts is None:
+            parts = _fresh_parts(holder, name, tensor)
+        elif holder.config.warmup_steps:
+            parts = _as_ever(parts, _fresh_parts(holder, name, tensor))
+        a, b, h, basis, _ = parts
         own_parts = {key: part for key, part in (("a", a), ("b", b)) if part is not None}
         if own_parts:
             own[name] = own_parts

@@ -26,7 +26,7 @@ void BucketExchange::go_on_from(const BucketExchange& before) {
 
 Mode BucketExchange::choose_mode() const {
   if (number_ < static_cast<uint64_t>(shared_.config.start_step)) return Mode::kAverage;
-  if (shared_.adaptive) return mode_of(task_.form, task_.measured);
+  if (shared_.adaptive) return mode_of_form();
   if (state_.bucket.shared != nullptr && !state_.started) return Mode::kStart;
   return plan().in_place && state_.bucket.shared == nullptr ? Mode::kAverage : Mode::kCompress;
 }

@@ -74,7 +74,7 @@ class BucketExchange final : public Step, public CommThread::Job {
   void prepare();
   void limit_spike();
   void begin_form();
-  Mode mode_of(Form form, bool measured) const;
+  Mode mode_of_form() const;
   void add_owed();
   void clear_owed();
   void agree();

@@ -23,11 +23,11 @@ void BucketExchange::begin_form() {
 // What a bucket cannot do it does dense: it has nothing to compress, or is no float32. A dense one
 // goes the shortest way where nobody looks and nothing can be owed. (Whether something is owed each
 // rank knows for itself, and all must go the same way.)
-Mode BucketExchange::mode_of(Form form, bool measured) const {
-  if (form == Form::kCompressed && !plan().dense) return Mode::kCompress;
-  if (form == Form::kHalf && plan().types.gradient == DType::kF32) return Mode::kHalf;
-  return measured || bucket().own_a != nullptr || !task_.exchange.empty() ? Mode::kDense
-                                                                          : Mode::kAverage;
+Mode BucketExchange::mode_of_form() const {
+  if (task_.form == Form::kCompressed && !plan().dense) return Mode::kCompress;
+  if (task_.form == Form::kHalf && plan().types.gradient == DType::kF32) return Mode::kHalf;
+  const bool over_a_lane = task_.measured || bucket().own_a != nullptr;
+  return over_a_lane ? Mode::kDense : Mode::kAverage;
 }
 
 // Rare, and of torch's own operations. A gradient that may stand for none is let alone while it is

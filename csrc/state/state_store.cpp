@@ -319,11 +319,12 @@ BucketState& StateStore::make(const Parameters& parameters, const at::Tensor& bu
   for (size_t i = 0; i < parameters.size(); ++i) {
     const Slot* slot = slot_of(parameters[i]);
     if (slot != nullptr && slot->has_residual() && !bucket.plan.segments[i].compressed()) {
-      throw std::invalid_argument(
-          "arc_topk: parameter " + quoted(slot->name) +
-          "was compressed and, with gradients of dtype " + c10::toString(buffer.scalar_type()) +
-          ", is not worth it any more; expected a dtype with which it stays "
-          "compressed: its error feedback would be lost, make a new State");
+      throw std::invalid_argument("arc_topk: parameter " + quoted(slot->name) +
+                                  "was compressed and, with gradients of dtype " +
+                                  c10::toString(buffer.scalar_type()) + " and ratio " +
+                                  std::to_string(*shapes[i].ratio) +
+                                  ", is not worth it any more; expected both such that it stays "
+                                  "compressed: its error feedback would be lost, make a new State");
     }
   }
 

@@ -39,7 +39,7 @@ class ThreadGroup final : public c10d::ProcessGroup {
         work_(c10::make_intrusive<DoneWork>()) {}
 
   c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
-                                           const c10d::AllreduceOptions&) override {
+                                           const c10d::AllreduceOptions& options) override {
     if (!failure.empty()) throw std::runtime_error(failure);
     ++collectives;
     std::this_thread::sleep_for(latency);
@@ -47,10 +47,14 @@ class ThreadGroup final : public c10d::ProcessGroup {
     if (getSize() > 1) {
       meeting_->offered[getRank()] = mine;
       meeting_->barrier.arrive_and_wait();
-      at::Tensor sum = meeting_->offered[0].clone();
-      for (int rank = 1; rank < getSize(); ++rank) sum.add_(meeting_->offered[rank]);
+      const bool least = options.reduceOp == c10d::ReduceOp::MIN;
+      at::Tensor reduced = meeting_->offered[0].clone();
+      for (int rank = 1; rank < getSize(); ++rank) {
+        const at::Tensor& theirs = meeting_->offered[rank];
+        least ? reduced.copy_(at::minimum(reduced, theirs)) : reduced.add_(theirs);
+      }
       meeting_->barrier.arrive_and_wait();
-      mine.copy_(sum);
+      mine.copy_(reduced);
     }
     if (corrupt) corrupt(mine);
     return done(mine);

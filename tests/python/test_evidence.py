@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import evidence
 from evidence import __main__ as command
-from evidence import page
+from evidence import page, trials
 from evidence.budget import OutOfReachError, fields_for, rank_for
 from evidence.methods import METHODS, TABLE, TRIALS
 from evidence.plan import (
@@ -264,11 +264,21 @@ def test_trials_choose_by_energy_within_the_bytes(pools: Pools) -> None:
     pools.of(2).run(chosen)
 
 
+def looked(rank: int, ranks: int, run: Run) -> Record:
+    before, trials.LOOK_AT = trials.LOOK_AT, (1,)
+    try:
+        return train(run)
+    finally:
+        trials.LOOK_AT = before
+
+
 @pytest.mark.parametrize("name", TRIALS)
 def test_trials_train_at_low_ranks_bytes(pools: Pools, name: str) -> None:
     run = Run("lm-small", name, 0.025, 2, 3, 0, 1e-2, 0.5)
-    one, two = pools.of(2).run(on_rank, run)
+    one, two = pools.of(2).run(looked, run)
     assert one["wire_bytes"] == two["wire_bytes"] <= 0.025 * one["dense_bytes"]
+    assert one["step 1"] == two["step 1"]
+    assert any(one["step 1"]["ranks"]) == name.endswith("one budget")
     assert one["loss"] == two["loss"]
 
 
