@@ -162,7 +162,7 @@ def _task(results: Results, task: str, planned: list[Planned], docs: Path) -> st
     header = ("method", "aimed at", "bytes", "link", "lr", "beta1", "loss", "over dense")
     parts = [title, table(header, rows)]
     curves = [c for c in cells if c.records and "loss" in c.records[0]]
-    if len(curves) > 1:
+    if len(curves) > 2:  # two points would fill the picture with chance
         picture = f"results-{task}.png"
         points = [(c.method.name, c.share(), statistics.mean(c.losses)) for c in curves]
         draw(points, docs / picture, f"{task}: {about}", TASKS[task].unit)
