@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "compress/make_plan.h"
-#include "state/huge_pages.h"
+#include "state/pages.h"
 
 namespace arc_topk {
 namespace {
@@ -29,10 +29,17 @@ void* data_of(const std::vector<at::Tensor>& one) {
   return one.empty() ? nullptr : data_of(one[0]);
 }
 
+// On the CPU their pages come when they are first written: what moves in from other buckets is not
+// there twice at any time.
 at::Tensor zeros(int64_t numel, at::ScalarType type, c10::Device device) {
   const at::Tensor memory = uninitialised(numel, type, device);
-  return memory.defined() ? memory.zero_()
-                          : at::empty({0}, at::TensorOptions().dtype(type).device(device));
+  if (!memory.defined()) return at::empty({0}, at::TensorOptions().dtype(type).device(device));
+  if (!device.is_cpu()) return memory.zero_();
+  in_parts(numel, [&](int64_t offset, int64_t count) {
+    const at::Tensor part = memory.narrow(0, offset, count).zero_();
+    forget(part.mutable_data_ptr(), part.nbytes());
+  });
+  return memory;
 }
 
 // A vector of one tensor, or none.

@@ -9,6 +9,7 @@
 
 #include "compress/make_plan.h"
 #include "compress/warmup.h"
+#include "state/pages.h"
 
 namespace arc_topk {
 namespace {
@@ -22,11 +23,25 @@ at::Tensor part_of(const at::Tensor& arena, int64_t offset, const Layout& layout
   return arena.as_strided(layout.sizes, layout.strides, offset);
 }
 
-// Values of one tensor from one arena into another.
+// What is in it is not used any more, though it is not freed yet.
+void forget_all(const at::Tensor& memory) {
+  if (memory.defined() && memory.is_cpu()) forget(memory.mutable_data_ptr(), memory.nbytes());
+}
+
+// Values of one tensor from one arena into another. DDP's first step has all tensors in one bucket:
+// if what has moved stayed where it was, all error feedback would be there twice.
 void carry(const at::Tensor& to, int64_t to_offset, const Layout& to_layout, const at::Tensor& from,
            int64_t from_offset, const Layout& from_layout) {
   if (!to.defined() || !from.defined()) return;
-  part_of(to, to_offset, to_layout).copy_(part_of(from, from_offset, from_layout));
+  const bool alike = to_layout.strides == from_layout.strides;
+  if (!alike) {
+    part_of(to, to_offset, to_layout).copy_(part_of(from, from_offset, from_layout));
+  }
+  in_parts(c10::multiply_integers(from_layout.sizes), [&](int64_t offset, int64_t count) {
+    const at::Tensor old = from.narrow(0, from_offset + offset, count);
+    if (alike) to.narrow(0, to_offset + offset, count).copy_(old);
+    forget_all(old);
+  });
 }
 
 // Low rank's W^T of one tensor, [k, n], as it lies in its bucket; undefined: it has none.
@@ -42,6 +57,14 @@ void carry_basis(const at::Tensor& to, const at::Tensor& from) {
   if (!to.defined() || !from.defined() || to.size(1) != from.size(1)) return;
   const int64_t columns = std::min(to.size(0), from.size(0));
   to.narrow(0, 0, columns).copy_(from.narrow(0, 0, columns));
+}
+
+// Of a bucket that makes no step any more, for values have left it.
+void forget_payloads(const BucketState& bucket) {
+  for (const auto* payload : {&bucket.first, &bucket.narrow, &bucket.second, &bucket.message}) {
+    for (const at::Tensor& memory : *payload) forget_all(memory);
+  }
+  forget_all(bucket.gathered);
 }
 
 // Puts the first element of h in its place where NaN stands for it in `old`: see
@@ -236,6 +259,7 @@ BucketState* StateStore::find(const Parameters& parameters, const at::Tensor& bu
   BucketState* bucket = first->bucket;
   const Owned& owned = buckets_.at(bucket);
   if (owned.retired || owned.tensors.size() != parameters.size() ||
+      owned.tenants != static_cast<int64_t>(parameters.size()) ||
       bucket->plan.numel != buffer.numel() || bucket->device != buffer.device() ||
       scalar_type_of(bucket->plan.types.gradient) != buffer.scalar_type() ||
       !buffer.is_contiguous()) {
@@ -395,7 +419,7 @@ void StateStore::leave(const Slot& slot, BucketState& successor,
                        const std::function<void(BucketState&)>& leaving) {
   if (slot.bucket == nullptr) return;
   const auto old = buckets_.find(slot.bucket);
-  if (--old->second.tenants > 0) return;
+  if (--old->second.tenants > 0) return forget_payloads(*slot.bucket);
   successor.energy.add_(old->second.state->energy.to(successor.energy.device()));
   leaving(*old->second.state);
   buckets_.erase(old);

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "state/pages.h"
 #include "state/state_store.h"
 
 namespace arc_topk {
@@ -130,6 +131,18 @@ TEST_P(StateTest, ValuesFollowTheirParameters) {
   }
 }
 
+TEST_P(StateTest, ABucketThatAValueHasLeftIsKnownNoMore) {
+  StateStore store(config_, 2);
+  bucket(store, {0, 1, 2});
+  fill(bucket(store, {2, 3}), {2, 3});
+  const BucketState& again = bucket(store, {0, 1, 2});
+  for (const at::Tensor* arena : {&again.own_a, &again.own_b, &again.shared}) {
+    if (!arena->defined()) continue;
+    const Segment& moved = again.plan.segments[2];
+    EXPECT_GT(arena->narrow(0, moved.offset, moved.numel).sum().item<float>(), 0);
+  }
+}
+
 TEST_P(StateTest, StartedOnlyIfEveryEstimateIs) {
   if (!shares_estimate(GetParam())) GTEST_SKIP() << "no estimate";
   StateStore store(config_, 2);
@@ -162,6 +175,20 @@ TEST_P(StateTest, ABufferOfAnotherSizeIsRefused) {
 std::string name_of_feedback(const ::testing::TestParamInfo<FeedbackKind>& info) {
   const char* const names[] = {"none", "ef14", "ef21", "ef21m"};
   return names[static_cast<int>(info.param)];
+}
+
+TEST(Pages, WhatIsForgottenIsGoneAndWhatLiesBesideItStays) {
+#ifndef __linux__
+  GTEST_SKIP() << "no madvise";
+#endif
+  const int64_t numel = 3 << 20;
+  at::Tensor memory = at::ones({numel});
+  at::Tensor middle = memory.narrow(0, 1000, numel - 3000);
+  forget(middle.mutable_data_ptr(), middle.nbytes());
+  EXPECT_TRUE(memory.narrow(0, 0, 1000).equal(at::ones({1000})));
+  EXPECT_TRUE(memory.narrow(0, numel - 2000, 2000).equal(at::ones({2000})));
+  EXPECT_LE(middle.sum().item<float>(), 32768);  // of pages of up to 64 KiB, one on either side
+  forget(memory.mutable_data_ptr(), 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(Feedback, StateTest,
