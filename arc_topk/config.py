@@ -33,9 +33,9 @@ class Config:
     Attributes:
         compressor: ``"arc_topk"`` (arXiv 2510.26709), ``"low_rank"`` (PowerSGD's form: Vogels,
             Karimireddy, Jaggi, NeurIPS 2019), ``"top_k"``, ``"rand_k"`` or ``"dense"``. ARC-Top-K
-            is the default because its time is small and the same at every ratio. On bytes it loses
-            as little as low rank at 10 % of dense bytes, and much more at 2.5 % (docs/results.md);
-            low rank's time grows with its columns (docs/algorithm.md).
+            is the default because its time is small and the same at every ratio. It loses as little
+            as low rank at 10 % of dense bytes (ratio 0.3), and much more at 2.5 %
+            (docs/results.md); low rank's time grows with its columns (docs/algorithm.md).
         feedback: ``"ef14"``, ``"ef21"``, ``"ef21m"`` (the paper's, EF21-SGDM of Fatkhullin et al.,
             NeurIPS 2023) or ``"none"``. EF14 is the default because it reached lower losses at
             equal bytes in every trial of ours, with half of EF21M's state: docs/algorithm.md.
@@ -46,8 +46,8 @@ class Config:
         ratios: ratios of some parameters of their own, by patterns of names as ``State.plan()``
             shows them: ``{"*embed*": 0.02, "head.*": 1}``. ``*``, ``?`` and ``[...]`` are the
             shell's (`fnmatch.fnmatchcase`); the first pattern that matches counts, and where none
-            does, ``ratio``. 1 leaves a parameter dense. Not with ``rank``. Kept as a tuple of
-            pairs.
+            does, ``ratio``. 1 leaves a parameter dense (low rank on bytes has nothing dense: it
+            is then sent whole, in bytes). Not with ``rank``. Kept as a tuple of pairs.
         rank: low rank's k, the columns of its factors, 1 or more, the same for every matrix (at
             most min(m, n)); None: by ``ratio``. A step costs about ``6 d k`` multiplications and as
             many additions for d elements: docs/algorithm.md has what that comes to.
@@ -62,14 +62,16 @@ class Config:
             payloads anew. Not with ``rank``. 0: none.
         warmup: ``"exponential"``: stage s of S has ``ratio ** (s / (S + 1))``; or ``"linear"``:
             ``1 + (ratio - 1) * s / (S + 1)``.
-        wire_dtype: what rows, and low rank's second factor, travel in; None: the gradient's dtype.
-            What a narrower type rounds away stays in the error feedback. ``torch.uint8``, with
-            ``"arc_topk"`` and ``"low_rank"`` alone: integers, which cannot overflow and sum
-            exactly, in a unit that the ranks agree on row by row, for one more number of the first
-            collective each. They have 127 / N levels either way of zero for N ranks; above 32 ranks
-            bfloat16 takes their place. Low rank sends all that it sends in them: both factors, for
-            2 N bytes a column more, and 1-D tensors too, with error feedback of their own
-            (docs/algorithm.md).
+        wire_dtype: what rows, and low rank's second factor, travel in. None: ``torch.uint8`` with
+            ``"arc_topk"`` and ``"low_rank"`` under EF14, because it lost least at equal bytes in
+            every trial of ours (docs/results.md); with all else, and beside a ``sketch_dtype`` of
+            low rank's, the gradient's dtype. What a narrower type rounds away stays in the error
+            feedback. ``torch.uint8``, with these two alone: integers, which cannot overflow and
+            sum exactly, in a unit that the ranks agree on row by row, for one more number of the
+            first collective each. They have 127 / N levels either way of zero for N ranks; above 32
+            ranks bfloat16 takes their place. Low rank sends all that it sends in them: both
+            factors, for 2 N bytes a column more, and 1-D tensors too, with error feedback of their
+            own (docs/algorithm.md).
         sketch_dtype: what the first collective travels in, with ``"arc_topk"`` and ``"low_rank"``:
             sketches, low rank's first factor, and tensors that stay dense where ``wire_dtype`` is
             narrower than the gradient's. None: float32 (float64 for float64 gradients; low rank
@@ -217,6 +219,15 @@ class Config:
                 "gradients are averaged plainly; expected feedback='ef14' or 'none'"
             )
 
+    @property
+    def wire(self) -> torch.dtype | None:
+        """``wire_dtype`` with its default filled in; None: the gradient's dtype."""
+        if self.wire_dtype is not None:
+            return self.wire_dtype
+        both_are_bytes = self.compressor == "low_rank" and self.sketch_dtype is not None
+        on_bytes = self.compressor in TWO_COLLECTIVES and self.feedback == "ef14"
+        return torch.uint8 if on_bytes and not both_are_bytes else None
+
     def ratio_of(self, name: str) -> float:
         """The ratio of the parameter of this name."""
         return next((r for p, r in self._patterns() if fnmatchcase(name, p)), self.ratio)
@@ -244,6 +255,7 @@ class Config:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["ratios"]  # told with the names: `_C.Exchange.bind`
         fields["eta"] = DEFAULT_ETA if self.eta is None else self.eta
+        fields["wire_dtype"] = self.wire
         return _C.Config(**fields)
 
 

@@ -138,8 +138,8 @@ def _of_warmup(config: Config) -> tuple[str, ...]:
 
 
 def _notes(config: Config, rows: Sequence[PlanRow], world_size: int) -> tuple[str, ...]:
-    instead = {row.wire_dtype for row in rows if row.kept} - {config.wire_dtype}
-    if config.wire_dtype != torch.uint8 or not instead:
+    instead = {row.wire_dtype for row in rows if row.kept} - {config.wire}
+    if config.wire != torch.uint8 or not instead:
         return ()
     (travels,) = instead
     return (

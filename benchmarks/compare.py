@@ -37,6 +37,8 @@ from timing import WARM_UP, measure, results_of
 from verification import SMALL, WrongResultError, verify
 from workload import MODELS, Workload, squares
 
+from arc_topk.config import TWO_COLLECTIVES
+
 EXAMPLES = """\
 examples:
   python benchmarks/compare.py                                  about two minutes on two cores
@@ -92,6 +94,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32"
     )
+    p.add_argument(
+        "--wire",
+        choices=("float32", "bfloat16", "float16", "uint8"),
+        help="what rows and factors travel in, of every compressor (uint8: of arc_topk and "
+        "low_rank); default: --dtype",
+    )
     p.add_argument("--bucket-mb", type=float, default=25, help="DDP's bucket_cap_mb; default 25")
     p.add_argument(
         "--json", type=Path, metavar="FILE", help="also write settings, machine and results"
@@ -110,6 +118,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for ratio in args.ratios:
         if not 0 < ratio <= 1:
             p.error(f"--ratios has {ratio}; expected shares in (0, 1]")
+    others = [name for name in args.compressors if name not in TWO_COLLECTIVES]
+    if args.wire == "uint8" and others:
+        p.error(
+            f"--wire is uint8 with --compressors {' '.join(others)}; expected arc_topk or low_rank"
+        )
     cores = len(os.sched_getaffinity(0))
     args.threads = args.threads or ([1, 2][:cores] if args.ranks == 1 else [1])
     if min(args.threads) < 1:
@@ -184,7 +197,9 @@ def compete(args: argparse.Namespace, workload: Workload, console: Console) -> l
             torch.set_num_threads(setting["threads"])
             stream = Stream(workload.numel) if args.ranks == 1 else None
             contestants = [
-                make_contestant(name, workload, setting["feedback"], setting["ratio"], args.columns)
+                make_contestant(
+                    name, workload, setting["feedback"], setting["ratio"], args.columns, args.wire
+                )
                 for name in contestants_of(args, setting["feedback"])
             ]
             measure(args, workload, contestants, stream, lambda: progress.advance(task))

@@ -60,9 +60,14 @@ def tensor_of(value: Any) -> Tensor:
 
 
 def make_contestant(
-    name: str, workload: Workload, feedback: str, ratio: float, columns: int = COLUMNS
+    name: str,
+    workload: Workload,
+    feedback: str,
+    ratio: float,
+    columns: int = COLUMNS,
+    wire: str | None = None,
 ) -> Contestant:
-    """The hook called ``name``, without any state yet."""
+    """The hook called ``name``, without any state; ``wire``: a dtype's name, or the gradient's."""
     if name == "DDP":
         return Contestant(name, allreduce_hook, dist.group.WORLD)
     if name == "python":
@@ -80,6 +85,7 @@ def make_contestant(
         feedback="none" if name == "dense" else feedback,
         ratio=ratio,
         rank=columns if name == "low_rank" else None,
+        wire_dtype=getattr(torch, wire) if wire else next(workload.ddp.parameters()).dtype,
     )
     return Contestant(name, arc_topk.arc_topk_hook, arc_topk.State(config).bind(workload.ddp))
 

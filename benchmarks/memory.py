@@ -28,11 +28,11 @@ import arc_topk
 
 METHODS = {
     "dense": None,
-    "ARC-Top-K": {},
+    "ARC-Top-K": {"wire_dtype": torch.float32},
     "ARC-Top-K, bf16": {"wire_dtype": torch.bfloat16, "sketch_dtype": torch.bfloat16},
     "ARC-Top-K, uint8": {"wire_dtype": torch.uint8, "sketch_dtype": torch.bfloat16},
     "ARC-Top-K EF21M": {"feedback": "ef21m"},
-    "low rank": {"compressor": "low_rank", "rank": 4},
+    "low rank": {"compressor": "low_rank", "rank": 4, "wire_dtype": torch.float32},
     "Rand-K": {"compressor": "rand_k"},
     "Top-K": {"compressor": "top_k"},
 }

@@ -35,14 +35,14 @@ INTERFACE = "eth0"
 ONE_BUCKET_MB = 100_000
 # Fields of arc_topk.Config, without ratio.
 ENGINE: dict[str, dict[str, Any]] = {
-    "arc_topk": {},
+    "arc_topk": {"wire_dtype": torch.float32},
     "arc_topk_bf16": {"wire_dtype": torch.bfloat16, "sketch_dtype": torch.bfloat16},
     "arc_topk_uint8": {"wire_dtype": torch.uint8, "sketch_dtype": torch.bfloat16},
-    "adaptive": {"adaptive": True},
+    "adaptive": {"adaptive": True, "wire_dtype": torch.float32},
     "adaptive_uint8": {"adaptive": True, "wire_dtype": torch.uint8, "sketch_dtype": torch.bfloat16},
     "engine_dense": {"compressor": "dense", "feedback": "none"},
     "arc_topk_ef21m": {"feedback": "ef21m"},
-    "low_rank": {"compressor": "low_rank", "rank": 4},
+    "low_rank": {"compressor": "low_rank", "rank": 4, "wire_dtype": torch.float32},
     "low_rank_uint8": {"compressor": "low_rank", "rank": 4, "wire_dtype": torch.uint8},
     "low_rank_bytes": {"compressor": "low_rank", "wire_dtype": torch.uint8},
     "rand_k": {"compressor": "rand_k"},

@@ -41,11 +41,11 @@ def verify_against_oracle(contestant: Contestant, workload: Workload, steps: int
         feedback=config.feedback,
         ratio=config.ratio,
         rank=config.rank,
-        wire_dtype=config.wire_dtype,
+        wire_dtype=config.wire,
         sketch_dtype=config.sketch_dtype,
     )
     # Sums of a narrow type depend on their order; those of integers do not.
-    rough = config.wire_dtype if config.wire_dtype in TOLERANCE else dtype
+    rough = config.wire if config.wire in TOLERANCE else dtype
     gradients = [workload.gradients(rank) for rank in range(ranks)]
     for step in range(steps):
         workload.refill(step)
@@ -150,7 +150,7 @@ def verify(args: argparse.Namespace, workload: Workload, small: Workload) -> Non
     for feedback in args.feedback:
         for ratio in args.ratios:
             for name in contestants_of(args, feedback, verified=True):
-                fresh = make_contestant(name, small, feedback, ratio, args.columns)
+                fresh = make_contestant(name, small, feedback, ratio, args.columns, args.wire)
                 if name != "python":
                     verify_against_oracle(fresh, small)
                 # Top-K's ranks keep elements of their own, so that no K rows stand out; dense and

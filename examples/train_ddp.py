@@ -46,7 +46,7 @@ examples:
   python examples/train_ddp.py --checkpoint run.pt --save-every 100
   python examples/train_ddp.py --resume run.pt --steps 1200
                                                         save, and go on later
-  python examples/train_ddp.py --demo                   compare six ways; table, picture: demo/
+  python examples/train_ddp.py --demo                   compare seven ways; table, picture: demo/
 
 choosing settings:
   Error feedback sends what was held back some steps later, in one piece. Momentum in the optimizer
@@ -94,8 +94,9 @@ def parser() -> argparse.ArgumentParser:
     add("--sketch-dim", type=int, default=4, help="columns of the sketch (default %(default)s)")
     add("--row-width", type=int, help="rows are runs of this many elements (default: natural rows)")
 
-    add("--wire-dtype", choices=("bfloat16", "float16", "uint8"),
-        help="what rows and second factors travel in (default: float32)")  # fmt: skip
+    add("--wire-dtype", choices=("float32", "bfloat16", "float16", "uint8"),
+        help="what rows and second factors travel in (default: uint8 for ARC-Top-K and low rank "
+        "with ef14, else float32)")  # fmt: skip
     add("--sketch-dtype", choices=("bfloat16",),
         help="what sketches and first factors travel in (default: float32)")  # fmt: skip
     add("--start-step", type=int, default=0,
@@ -132,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
 
     group = p.add_argument_group("demo")
     add = group.add_argument
-    add("--demo", action="store_true", help="train six ways one after the other and compare")
+    add("--demo", action="store_true", help="train seven ways one after the other and compare")
     add("--quick", action="store_true", help="with --demo: a few steps each, to check that it runs")
     add("--out", type=Path, default=Path("demo"), help="folder of the demo's output (demo/)")
     return p

@@ -139,6 +139,7 @@ def plan_view(
 ) -> View:
     """The plan's rule: see the tensor as a matrix; compress it only where that saves bytes.
 
+    Ratio 1 leaves it dense, whatever that would save.
     Compressed bytes are r m sketch numbers and K n row elements for ARC-Top-K, K n row elements for
     Rand-K, K values and K int32 indices for Top-K, which looks at single elements whatever the
     rows, k (m + n) numbers of two factors for low rank; on a uint8 wire a unit a row besides, or
@@ -153,7 +154,7 @@ def plan_view(
         row_bytes = column_bytes(1, numel, types, world_size) + 2
         stays_dense = View(1, numel, 1, numel, True, row_bytes)
     shape = matrix_shape(layout, row_width)
-    if shape is None or compressor == "dense":
+    if shape is None or compressor == "dense" or (ratio == 1 and rank is None):
         return stays_dense
     m, n = (numel, 1) if compressor == "top_k" else shape
     low_rank = compressor == "low_rank"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-BF16, UINT8 = torch.bfloat16, torch.uint8
+BF16, FP32, UINT8 = torch.bfloat16, torch.float32, torch.uint8
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def engine(name: str, *, wire: torch.dtype | None = None, **fields: Any) -> Meth
 ARC, LOW_RANK = {"compressor": "arc_topk"}, {"compressor": "low_rank"}
 EF14, EF21M = {"feedback": "ef14"}, {"feedback": "ef21m"}
 DENSE = {"compressor": "dense", "feedback": "none"}
+SHIPPED = "ARC-Top-K, as shipped"  # what `arc_topk.Config()` is, at a ratio by bytes
 
 TABLE = {
     method.name: method
@@ -68,10 +69,11 @@ TABLE = {
         engine("low rank, uint8", **LOW_RANK, **EF14, wire=UINT8, curve=True, ranks=True),
         engine("low rank, bf16", **LOW_RANK, **EF14, wire=BF16, tuned_as="low rank, uint8",
                curve=True),
-        engine("low rank", **LOW_RANK, **EF14, tuned_as="low rank, uint8"),
-        engine("ARC-Top-K", **ARC, **EF14),
+        engine("low rank", **LOW_RANK, **EF14, wire_dtype=FP32, tuned_as="low rank, uint8"),
+        engine("ARC-Top-K", **ARC, **EF14, wire_dtype=FP32),
         engine("ARC-Top-K, bf16", **ARC, **EF14, wire=BF16, tuned_as="ARC-Top-K"),
         engine("ARC-Top-K, uint8", **ARC, **EF14, wire=UINT8, curve=True, ranks=True),
+        engine(SHIPPED, **ARC, **EF14, wire_dtype=UINT8, tuned_as="ARC-Top-K, uint8"),
         engine("ARC-Top-K EF21M", **ARC, **EF21M, eta=0.3),
         engine("Top-K", compressor="top_k", **EF14, curve=True),
         engine("Rand-K", compressor="rand_k", **EF14),
@@ -84,7 +86,7 @@ TABLE = {
 FEEDBACKS = {
     f"{name} {feedback.upper()}": engine(
         f"{name} {feedback.upper()}", compressor=compressor, feedback=feedback, ratio=0.1,
-        **({"eta": 0.1} if feedback == "ef21m" else {}), budgeted=False
+        wire_dtype=FP32, **({"eta": 0.1} if feedback == "ef21m" else {}), budgeted=False
     )
     for compressor, name in (("top_k", "Top-K"), ("rand_k", "Rand-K"), ("arc_topk", "ARC-Top-K"))
     for feedback in ("ef14", "ef21", "ef21m")

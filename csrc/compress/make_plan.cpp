@@ -19,6 +19,7 @@ std::string why_dense(const Config& config, const Compressor& compressor, const 
   if (shape.numel == 0) return "empty";
   if (shape.dims < 2 && !config.row_width) return "fewer than 2 dimensions and no row_width";
   if (config.compress_without_gain) return "";
+  if (matrix.ratio == 1 && !config.rank) return "ratio 1";  // on bytes too, where all rows pay
   if (static_cast<double>(matrix.wire_bytes) * link_cost < static_cast<double>(matrix.dense_bytes))
     return "";
   std::string bytes = std::to_string(matrix.wire_bytes);

@@ -22,7 +22,9 @@ def steps(
         "cuda", dtype
     )
     ddp = DistributedDataParallel(model, device_ids=[0])
-    arc_topk.register(ddp, compressor=compressor, feedback=feedback, ratio=0.2, wire_dtype=wire)
+    arc_topk.register(
+        ddp, compressor=compressor, feedback=feedback, ratio=0.2, wire_dtype=wire or dtype
+    )
     for _ in range(4):
         ddp(torch.randn(8, 33, device="cuda", dtype=dtype)).square().sum().backward()
     torch.cuda.synchronize()

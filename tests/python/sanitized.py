@@ -11,7 +11,7 @@ import itertools
 import torch
 from model import random_gradients
 from ranks import Pools
-from test_engine import COMPRESSORS, FEEDBACKS, LAYOUTS, check_against_oracle, run_native
+from test_engine import COMPRESSORS, FEEDBACKS, FLOAT32, LAYOUTS, check_against_oracle, run_native
 
 import arc_topk
 
@@ -22,7 +22,7 @@ def main() -> None:
     assert "asan" in arc_topk.__file__, f"{arc_topk.__file__} is not the build under a sanitizer"
     pools = Pools()
     for compressor, feedback in itertools.product(COMPRESSORS, FEEDBACKS):
-        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, **FLOAT32}
         gradients = random_gradients(LAYOUTS, 2, 3, torch.float32)
         runs = pools.of(2).run(run_native, LAYOUTS, gradients, torch.float32, config, BUCKETS)
         check_against_oracle(runs, LAYOUTS, gradients, torch.float32, config)

@@ -37,9 +37,8 @@ LOW_RANK_INTEGERS = "low_rank on an uint8 wire"
 
 def chosen(compressor: str) -> dict[str, Any]:
     """A compressor by its name, or with bytes on its wire."""
-    if compressor in (INTEGERS, LOW_RANK_INTEGERS):
-        return {"compressor": compressor.split()[0], "wire_dtype": torch.uint8}
-    return {"compressor": compressor}
+    wire = torch.uint8 if compressor in (INTEGERS, LOW_RANK_INTEGERS) else torch.float32
+    return {"compressor": compressor.split()[0], "wire_dtype": wire}
 
 
 def owing_of(compressor: str) -> Sequence[int]:
@@ -223,7 +222,7 @@ def test_skipped_steps_agree_with_the_oracle(ranks: Ranks, compressor: str, feed
     """EF21 and EF21M among them: their estimates hold whether the optimizer steps or not."""
     gradients = random_gradients(LAYOUTS, 2, 9, torch.float32)
     overflows = {2: (LAST, 1), 4: (FIRST, 0), 5: (MIDDLE, 1)}
-    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+    config = {**chosen(compressor), "feedback": feedback, "ratio": 0.2}
     runs = ranks.run(scaled_run, gradients, config, overflows, SMALL_BUCKETS, True, False)
     oracle = Oracle(LAYOUTS, torch.float32, 2, **config)
     for number, step in enumerate(gradients):

@@ -131,7 +131,7 @@ def test_floor_is_the_documented_formula() -> None:
     """docs/algorithm.md: (4 + 8 rho) 4 d for EF21M and (4 + 4 rho) 4 d for EF14, all in float32."""
     rho, matrix = 0.2, torch.empty(500, 64, device="meta")
     for feedback, kept_factor in (("ef21m", 8), ("ef14", 4)):
-        config = arc_topk.Config(feedback=feedback, ratio=rho)
+        config = arc_topk.Config(feedback=feedback, ratio=rho, wire_dtype=torch.float32)
         floor = floor_bytes(make_plan(config, [("w", matrix)], 1), config)
         assert floor == round((4 + kept_factor * rho) * 4 * matrix.numel())
 

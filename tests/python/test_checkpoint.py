@@ -262,11 +262,11 @@ def run_into_other_strides(rank: int, world_size: int) -> bool:
     """Parts are of the parameter's shape, whatever its memory format."""
     like = torch.zeros(12, 6, 3, 3)
     model = wrap([like], torch.float32)
-    state = arc_topk.register(model, ratio=0.2)
+    state = arc_topk.register(model, ratio=0.2, wire_dtype=torch.float32)
     backward(model, random_gradients([like], world_size, 1, torch.float32)[0][rank])
     saved = state.state_dict(gather=False)
     model = wrap([like.to(memory_format=torch.channels_last)], torch.float32)
-    state = arc_topk.register(model, ratio=0.2)
+    state = arc_topk.register(model, ratio=0.2, wire_dtype=torch.float32)
     state.load_state_dict(saved)
     zeros = [torch.zeros_like(like)]
     sent = backward(model, zeros)  # a bucket takes it over, and sends its largest rows
@@ -540,7 +540,7 @@ def test_in_the_middle_of_a_step_it_is_refused(ranks: Ranks) -> None:
 
 
 def run_with_another_ratio(rank: int, world_size: int, gradients: Gradients) -> tuple[str, str]:
-    model, state = fresh({"ratio": 0.2})
+    model, state = fresh({"ratio": 0.2, "wire_dtype": torch.float32})
     backward(model, gradients[0][rank])
     saved = state.state_dict(gather=False)
     model, state = fresh({"ratio": 0.5, "compressor": "rand_k", "seed": 3})

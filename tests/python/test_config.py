@@ -95,6 +95,21 @@ def test_signatures_show_the_fields() -> None:
         assert "Unpack" in str(kwargs.annotation) and "Fields" in str(kwargs.annotation)
 
 
+def test_bytes_are_the_default_where_error_feedback_keeps_what_they_round() -> None:
+    for compressor in ("arc_topk", "low_rank", "rand_k", "top_k", "dense"):
+        for feedback in ("none", "ef14", "ef21", "ef21m"):
+            if compressor == "low_rank" and feedback.startswith("ef21"):
+                continue
+            config = arc_topk.Config(compressor=compressor, feedback=feedback)
+            on_bytes = compressor in ("arc_topk", "low_rank") and feedback == "ef14"
+            assert config.wire == (torch.uint8 if on_bytes else None)
+            asked = dataclasses.replace(config, wire_dtype=torch.float16)
+            assert asked.wire == torch.float16
+    both = arc_topk.Config(compressor="low_rank", sketch_dtype=torch.bfloat16)
+    assert both.wire is None  # on bytes low rank has no first collective of another type
+    assert arc_topk.Config(sketch_dtype=torch.bfloat16).wire == torch.uint8
+
+
 def test_numpys_numbers_are_numbers() -> None:
     config = arc_topk.Config(
         ratio=numpy.float64(0.25),

@@ -80,7 +80,8 @@ def without_waiting(
     """Backward passes in which waiting for the GPU is an error; then what the profiler counts."""
     gradients = [torch.randn(shape, device="cuda") for shape in SHAPES]
     model = wrapped("cuda", backend, torch.float32)
-    state = arc_topk.register(model, compressor=compressor, feedback=feedback, ratio=0.2)
+    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+    state = arc_topk.register(model, **config, wire_dtype=torch.float32)
 
     def step() -> None:
         model.zero_grad(set_to_none=False)
@@ -170,7 +171,7 @@ def test_as_on_the_cpu(
     feedback: str,
     dtype: torch.dtype,
 ) -> None:
-    fields = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+    fields = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, "wire_dtype": dtype}
     ranks = pools.of(world_size)
     on_cpu = ranks.run(run, "cpu", "gloo", dtype, **fields)
     on_gpu = ranks.run(run, "cuda", backend, dtype, **fields)

@@ -10,7 +10,7 @@ import torch
 from device import DEVICE, copy_to
 from model import Gradients, Pick, random_gradients
 from ranks import Ranks
-from test_engine import LAYOUTS, Run, assert_same_bits, check_against_oracle
+from test_engine import FLOAT32, LAYOUTS, Run, assert_same_bits, check_against_oracle
 from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
@@ -87,7 +87,7 @@ def test_newer_options_change_nothing(ranks: Ranks, name: str, view: bool) -> No
     for step in range(STEPS):
         assert_same_bits(plain[0].outputs[step], dense[0].outputs[step])
     for compressor, feedback in (("arc_topk", "ef14"), ("arc_topk", "ef21m"), ("top_k", "ef21")):
-        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2}
+        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, **FLOAT32}
         runs = ranks.run(run_with_options, name, view, gradients, config)
         for run in runs:
             assert run.metrics["steps"] == STEPS

@@ -19,7 +19,7 @@ import evidence
 from evidence import __main__ as command
 from evidence import page, trials
 from evidence.budget import OutOfReachError, fields_for, rank_for
-from evidence.methods import METHODS, TABLE, TRIALS
+from evidence.methods import METHODS, SHIPPED, TABLE, TRIALS
 from evidence.plan import (
     BUDGETS,
     MOST_RUNS,
@@ -73,6 +73,12 @@ def test_a_changed_method_or_task_is_another_run(
         patch.setitem(TASKS, "lm-small", wider)
         assert Results(tmp_path).get(RUN) is None
     assert Results(tmp_path).get(RUN) is not None
+
+
+def test_what_is_called_as_shipped_is_what_ships() -> None:
+    named, default = arc_topk.Config(**TABLE[SHIPPED].config), arc_topk.Config()
+    assert named.wire_dtype == default.wire
+    assert dataclasses.replace(named, wire_dtype=None) == default
 
 
 def test_the_plan_has_each_run_once_and_few_enough() -> None:

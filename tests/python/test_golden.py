@@ -80,7 +80,8 @@ def cases(compressor: str) -> list[Case]:
     def case(feedback: str, dtype: str, layout: str = "mixed", **fields: Any) -> Case:
         given = [f"{k} {v}".replace("torch.", "") for k, v in fields.items()]
         name = ", ".join([compressor, feedback, dtype, *given, *[layout] * (layout != "mixed")])
-        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, "seed": 7, **fields}
+        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, "seed": 7,
+                  "wire_dtype": getattr(torch, dtype), **fields}  # fmt: skip
         return Case(name, config, getattr(torch, dtype), layout)
 
     by_bytes = [

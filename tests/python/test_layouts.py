@@ -10,6 +10,7 @@ from device import DEVICE, copy_to
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
+from test_engine import FLOAT32
 from torch import Tensor
 
 import arc_topk
@@ -93,6 +94,7 @@ def test_any_layout_agrees_with_the_oracle(
         [[make(kind, shape, generator) for shape, kind in layout] for _ in range(2)]
         for _ in range(STEPS)
     ]
+    config = {**config, **FLOAT32}
     mine, theirs = ranks.run(exchange, gradients, config)
     oracle = Oracle([shape for shape, _ in layout], torch.float32, 2, **config)
     for step, a, b in zip(gradients, mine, theirs, strict=True):

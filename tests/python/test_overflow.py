@@ -19,8 +19,9 @@ COMPRESSORS = ["arc_topk", "rand_k", "top_k"]
 @pytest.mark.parametrize(
     ("compressor", "feedback", "wire"),
     [
-        *((*pair, wire) for pair in COMPRESSED for wire in (None, torch.bfloat16)),
+        *((*pair, wire) for pair in COMPRESSED for wire in (torch.float32, torch.bfloat16)),
         *(("arc_topk", feedback, torch.uint8) for feedback in FEEDBACKS),
+        ("low_rank", "ef14", torch.uint8),
     ],
 )
 @pytest.mark.parametrize("world_size", [2, 3])

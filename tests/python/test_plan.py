@@ -17,15 +17,17 @@ def row(config: Config, *shape: int, dtype: torch.dtype = torch.float32, world_s
 
 def test_bytes_of_a_compressed_matrix() -> None:
     w = row(Config(ratio=0.1), 1000, 256)
-    assert (w.view, w.kept) == ((1000, 256), 100)
-    assert w.wire_bytes == 4 * 4 * 1000 + 100 * 256 * 4 + 4  # sketch, rows, flag
+    assert (w.view, w.kept, w.wire_dtype) == ((1000, 256), 100, torch.uint8)
+    assert w.wire_bytes == 4 * 5 * 1000 + 100 * 256 + 4  # sketch and units, rows, flag
+    w = row(Config(ratio=0.1, wire_dtype=torch.float32), 1000, 256)
+    assert w.wire_bytes == 4 * 4 * 1000 + 100 * 256 * 4 + 4
     assert w.dense_bytes == 1000 * 256 * 4
     assert w.state_bytes == 1000 * 256 * 4
     assert w.why_dense == ""
 
 
 def test_bf16_rows_under_an_fp32_sketch() -> None:
-    w = row(Config(ratio=0.1), 1000, 256, dtype=torch.bfloat16)
+    w = row(Config(ratio=0.1, feedback="none"), 1000, 256, dtype=torch.bfloat16)
     assert w.wire_bytes == 4 * 4 * 1000 + 100 * 256 * 2 + 4
 
 
@@ -44,6 +46,14 @@ def test_what_does_not_pay_stays_dense() -> None:
     assert w.view is None and w.kept is None
     assert w.wire_bytes == w.dense_bytes
     assert "compressed bytes" in w.why_dense and "dense" in w.why_dense
+
+
+@pytest.mark.parametrize("wire", [None, torch.bfloat16, torch.float32])
+def test_ratio_1_stays_dense(wire: torch.dtype | None) -> None:
+    assert row(Config(ratio=1, wire_dtype=wire), 100, 256).why_dense == "ratio 1"
+    assert row(Config(ratios={"w": 1}, wire_dtype=wire), 100, 256).why_dense == "ratio 1"
+    low_rank = Config(compressor="low_rank", rank=3, ratio=1, wire_dtype=wire)
+    assert row(low_rank, 100, 256).kept == 3
 
 
 def test_top_k_pays_until_the_ring_carries_more_than_dense_would() -> None:

@@ -11,7 +11,15 @@ import torch
 from device import DEVICE, copy_to
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks, message_of
-from test_engine import LAYOUTS, SELECTION, TOLERANCE, assert_same_bits, picks_of, run_native
+from test_engine import (
+    FLOAT32,
+    LAYOUTS,
+    SELECTION,
+    TOLERANCE,
+    assert_same_bits,
+    picks_of,
+    run_native,
+)
 from torch import Tensor
 
 import arc_topk
@@ -27,10 +35,10 @@ RATIOS = {"*.6": 0.07, "tensors.[05]": 0.55, "tensors.5": 0.01, "tensors.3": 1}
 # Of each of LAYOUTS, written out: what the patterns come to.
 RESOLVED = [0.55, RATIO, RATIO, 1.0, RATIO, 0.55, 0.07, RATIO]
 CONFIGS: list[dict[str, Any]] = [
-    {"feedback": "ef14"},
+    {"feedback": "ef14", **FLOAT32},
     {"feedback": "ef21m"},
     {"compressor": "rand_k", "feedback": "ef21"},
-    {"compressor": "low_rank"},
+    {"compressor": "low_rank", **FLOAT32},
     {"wire_dtype": torch.uint8},
     {"compressor": "low_rank", "wire_dtype": torch.uint8},
 ]
@@ -150,7 +158,7 @@ def run_without_ddp(
     first = copy_to(DEVICE, gradients[0][rank])
     ratios = {name.replace("tensors.", "tensor "): r for name, r in RATIOS.items()}
     ratios = {name.replace("*.", "*"): r for name, r in ratios.items()}
-    exchange = arc_topk.GradientExchange(first, ratio=RATIO, ratios=ratios)
+    exchange = arc_topk.GradientExchange(first, ratio=RATIO, ratios=ratios, **FLOAT32)
     outputs = [copy_to("cpu", exchange.all_reduce_(copy_to(DEVICE, g[rank]))) for g in gradients]
     plan = exchange.plan()
     wrong = message_of(lambda: arc_topk.GradientExchange(first, ratios={"tensor 8": 0.1}))

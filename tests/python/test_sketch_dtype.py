@@ -60,7 +60,8 @@ NAMED = [("w", torch.empty(1000, 256)), ("b", torch.empty(256))]
 @pytest.mark.parametrize(
     ("config", "matrix", "dense"),
     [
-        ({}, 2 * (4 * 1000 + 1) + 4 * 100 * 256, F32),  # beside the rows, which are float32
+        # Dense tensors go beside the rows, which are float32.
+        ({"wire_dtype": F32}, 2 * (4 * 1000 + 1) + 4 * 100 * 256, F32),
         ({"wire_dtype": BF16}, 2 * (4 * 1000 + 1) + 2 * 100 * 256, BF16),
         ({"wire_dtype": U8, "sketch_dim": 1}, 2 * (2 * 1000 + 1) + 100 * 256, BF16),
         ({"compressor": "low_rank", "rank": 3}, 2 * (3 * 1000 + 1) + 4 * 3 * 256, F32),
@@ -92,7 +93,8 @@ def test_bytes_and_types_of_the_plan(
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 def test_rows_are_as_exact_as_ever(pools: Pools, feedback: str, world_size: int) -> None:
     """Another sketch may pick other rows; what it picks is averaged to the last digits."""
-    for dtype, wire in itertools.product([F32, torch.float64, BF16], [None, BF16]):
+    for dtype, narrow in itertools.product([F32, torch.float64, BF16], [False, True]):
+        wire = BF16 if narrow else dtype
         config = {"feedback": feedback, "ratio": 0.2, "wire_dtype": wire, "sketch_dtype": BF16}
         gradients = random_gradients(LAYOUTS, world_size, STEPS, dtype)
         runs = pools.of(world_size).run(
@@ -223,7 +225,7 @@ def leave_out(rank: int, world_size: int, config: dict[str, Any]) -> list[Tensor
 
 @pytest.mark.device
 def test_unused_on_some_ranks_and_on_all(ranks: Ranks) -> None:
-    zero, one = ranks.run(leave_out, {"ratio": 0.5, "sketch_dtype": BF16})
+    zero, one = ranks.run(leave_out, {"ratio": 0.5, "wire_dtype": F32, "sketch_dtype": BF16})
     assert_same_bits(zero, one)
     rows = zero[0].any(dim=1)
     assert int(rows.sum()) == 20 and torch.equal(zero[0][rows], torch.full((20, 24), 0.5))

@@ -15,6 +15,7 @@ from test_engine import (
     COMPRESSORS,
     DTYPES,
     FEEDBACKS,
+    FLOAT32,
     LAYOUTS,
     SELECTION,
     TOLERANCE,
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.device
 
 STEPS = 5
 SPIKE = 2  # the step of it
+LIMITED: dict[str, Any] = {"ratio": 0.2, "spike_limit": 1.5, **FLOAT32}
 
 
 def gradients_with(
@@ -92,7 +94,13 @@ def assert_as_the_oracle(
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_every_choice_agrees_with_the_oracle(pools: Pools, compressor: str, feedback: str) -> None:
     for world_size, dtype in ((1, torch.float32), (3, torch.float32), *((2, d) for d in DTYPES)):
-        config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, "spike_limit": 1.5}
+        config = {
+            "compressor": compressor,
+            "feedback": feedback,
+            "ratio": 0.2,
+            "spike_limit": 1.5,
+            **FLOAT32,
+        }
         gradients = gradients_with(30, dtype, world_size)
         gradients[SPIKE + 1] = gradients[SPIKE]  # the first must not have raised the limit
         outputs = pools.of(world_size).run(run_exchange, gradients, config)
@@ -105,7 +113,13 @@ def test_every_choice_agrees_with_the_oracle(pools: Pools, compressor: str, feed
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 @pytest.mark.parametrize("compressor", ["arc_topk", "dense"])
 def test_under_ddp_it_agrees_with_the_oracle(ranks: Ranks, compressor: str, feedback: str) -> None:
-    config = {"compressor": compressor, "feedback": feedback, "ratio": 0.2, "spike_limit": 1.5}
+    config = {
+        "compressor": compressor,
+        "feedback": feedback,
+        "ratio": 0.2,
+        "spike_limit": 1.5,
+        **FLOAT32,
+    }
     gradients = gradients_with(30)
     runs = ranks.run(run_native, LAYOUTS, gradients, torch.float32, config, {})
     # The buckets that DDP makes behind the first step begin without history.
@@ -117,9 +131,8 @@ def test_it_begins_with_start_step(ranks: Ranks, compressor: str) -> None:
     config = {
         "compressor": compressor,
         "feedback": "ef14",
-        "ratio": 0.2,
-        "spike_limit": 1.5,
         "start_step": SPIKE + 1,
+        **LIMITED,
     }
     gradients = gradients_with(30)
     oracle = assert_as_the_oracle(ranks.run(run_exchange, gradients, config), gradients, config)
@@ -173,7 +186,7 @@ def accumulate(
 
 
 def test_accumulated_gradients_are_limited_as_one(ranks: Ranks) -> None:
-    config = {"feedback": "ef14", "ratio": 0.2, "spike_limit": 1.5}
+    config = {"feedback": "ef14", **LIMITED}
     gradients = gradients_with(30)
     outputs = ranks.run(accumulate, gradients, config)
     assert_as_the_oracle(outputs, gradients, config, forgets=[1])
@@ -183,7 +196,7 @@ def test_accumulated_gradients_are_limited_as_one(ranks: Ranks) -> None:
 
 
 def test_zeros_do_not_lower_the_limit(ranks: Ranks) -> None:
-    config = {"feedback": "ef14", "ratio": 0.2, "spike_limit": 1.5}
+    config = {"feedback": "ef14", **LIMITED}
     gradients = gradients_with(1)
     for step in (1, 2):
         gradients[step][0] = [torch.zeros_like(g) for g in gradients[step][0] if g is not None]
@@ -195,7 +208,7 @@ def test_zeros_do_not_lower_the_limit(ranks: Ranks) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_does_not_count(ranks: Ranks, value: float, feedback: str) -> None:
     """It is NaN everywhere, as without a limit; a spike behind it is limited as before."""
-    config = {"feedback": feedback, "ratio": 0.2, "spike_limit": 1.5}
+    config = {"feedback": feedback, **LIMITED}
     gradients = gradients_with(1)
     spoilt = gradients[SPIKE][0][0]
     assert spoilt is not None
@@ -211,7 +224,7 @@ def test_what_is_not_finite_does_not_count(ranks: Ranks, value: float, feedback:
 
 
 def test_a_spike_whose_norm_overflows_is_dropped(ranks: Ranks) -> None:
-    config = {"feedback": "ef14", "ratio": 0.2, "spike_limit": 1.5}
+    config = {"feedback": "ef14", **LIMITED}
     gradients = gradients_with(1e30)
     outputs = ranks.run(run_exchange, gradients, config)
     assert_as_the_oracle(outputs, gradients, config)

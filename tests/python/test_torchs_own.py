@@ -13,6 +13,7 @@ from typing import Any
 from unittest import SkipTest, mock
 
 import pytest
+import torch
 from ranks import Ranks
 
 import arc_topk
@@ -36,7 +37,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dense ef21m": {"compressor": "dense", "feedback": "ef21m", "eta": 1.0},
     # Every row of every tensor, by way of sketch, select, pack and apply.
     "all rows": {"ratio": 1.0, "feedback": "none", "row_width": 4},
-    "all rows ef14": {"ratio": 1.0, "feedback": "ef14", "row_width": 3},
+    "all rows ef14": {
+        "ratio": 1.0,
+        "feedback": "ef14",
+        "row_width": 3,
+        "wire_dtype": torch.float32,
+    },
 }
 
 native = arc_topk.Config.native

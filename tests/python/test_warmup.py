@@ -11,7 +11,15 @@ import torch.distributed.checkpoint as dcp
 from device import DEVICE, copy_to
 from model import Gradients, backward, random_gradients, wrap
 from ranks import Pools, Ranks
-from test_engine import LAYOUTS, SELECTION, TOLERANCE, assert_same_bits, picks_of, run_native
+from test_engine import (
+    FLOAT32,
+    LAYOUTS,
+    SELECTION,
+    TOLERANCE,
+    assert_same_bits,
+    picks_of,
+    run_native,
+)
 from torch import Tensor
 from torch.amp import GradScaler
 
@@ -27,9 +35,9 @@ pytestmark = pytest.mark.device
 RATIO, WARMUP, STEPS = 0.2, 10, 13
 Outputs = list[list[list[Tensor | None]]]  # by rank, step and tensor
 CONFIGS: list[dict[str, Any]] = [
-    {"feedback": "ef14"},
+    {"feedback": "ef14", **FLOAT32},
     {"feedback": "ef21m"},
-    {"compressor": "low_rank"},
+    {"compressor": "low_rank", **FLOAT32},
     {"wire_dtype": torch.uint8},
     {"feedback": "ef21m", "wire_dtype": torch.uint8},
     {"compressor": "low_rank", "wire_dtype": torch.uint8},
@@ -249,7 +257,7 @@ def test_with_the_other_fields(ranks: Ranks, feedback: str, more: dict[str, Any]
     gradients = random_gradients(LAYOUTS, 2, STEPS, torch.float32)
     if "spike_limit" in more:  # a spike in the first step of a stage, whose norm is of those before
         gradients[2][1] = [g * 20 for g in gradients[2][1] if g is not None]
-    fields = {"feedback": feedback, "ratio": RATIO, "warmup_steps": WARMUP, **more}
+    fields = {"feedback": feedback, "ratio": RATIO, "warmup_steps": WARMUP, **FLOAT32, **more}
     outputs = ranks.run(run_one_bucket, gradients, fields)
     assert_as_the_oracle(outputs, gradients, Warming(2, fields))
 
@@ -270,7 +278,7 @@ def test_parameters_that_are_not_used(ranks: Ranks) -> None:
         for rank in ranks_:
             gradients[step][rank][0] = gradients[step][rank][6] = None
     for config in ({"feedback": "ef14"}, {"feedback": "ef21m"}, {"compressor": "low_rank"}):
-        fields = {**config, "ratio": RATIO, "warmup_steps": WARMUP}
+        fields = {**config, "ratio": RATIO, "warmup_steps": WARMUP, **FLOAT32}
         unused = {"find_unused_parameters": True}
         runs = ranks.run(run_native, LAYOUTS, gradients, torch.float32, fields, unused)
         oracle = Warming(2, fields, may_be_unused=True)
@@ -298,7 +306,7 @@ def run_scaled(
 @pytest.mark.parametrize("config", [{"feedback": "ef14"}, {"compressor": "low_rank"}])
 def test_a_skipped_step_is_owed_again_across_a_stage(ranks: Ranks, config: dict[str, Any]) -> None:
     gradients = random_gradients(LAYOUTS, 2, 12, torch.float32)
-    fields = {**config, "ratio": RATIO, "warmup_steps": 24}  # a stage has three steps
+    fields = {**config, "ratio": RATIO, "warmup_steps": 24, **FLOAT32}  # three steps a stage
     for skipped in (2, 3, 5):  # the last one of a stage, and another one
         scales = [64.0] * (skipped + 1) + [32.0] * (11 - skipped)
         outputs = ranks.run(run_scaled, gradients, fields, scales)
