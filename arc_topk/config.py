@@ -26,9 +26,11 @@ DEFAULT_ETA = 0.1
 _SOME = 8  # names that an error lists
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """How gradients are averaged. Ranks must agree: a difference is an error on every rank.
+
+    All fields are keywords.
 
     Attributes:
         compressor: ``"arc_topk"`` (arXiv 2510.26709), ``"low_rank"`` (PowerSGD's form: Vogels,
@@ -64,22 +66,22 @@ class Config:
             ``1 + (ratio - 1) * s / (S + 1)``.
         wire_dtype: what rows, and low rank's second factor, travel in. None: ``torch.uint8`` with
             ``"arc_topk"`` and ``"low_rank"`` under EF14, because it lost least at equal bytes in
-            every trial of ours (docs/results.md); with all else, and beside a ``sketch_dtype`` of
-            low rank's, the gradient's dtype. What a narrower type rounds away stays in the error
-            feedback. ``torch.uint8``, with these two alone: integers, which cannot overflow and
-            sum exactly, in a unit that the ranks agree on row by row, for one more number of the
-            first collective each. They have 127 / N levels either way of zero for N ranks; above 32
-            ranks bfloat16 takes their place. Low rank sends all that it sends in them: both
-            factors, for 2 N bytes a column more, and 1-D tensors too, with error feedback of their
-            own (docs/algorithm.md).
+            every trial of ours (docs/results.md), the first behind bfloat16 sketches; with all
+            else, and beside a ``sketch_dtype`` of low rank's, the gradient's dtype. What a narrower
+            type rounds away stays in the error feedback. ``torch.uint8``, with these two alone:
+            integers, which cannot overflow and sum exactly, in a unit that the ranks agree on row
+            by row, for one more number of the first collective each. They have 127 / N levels
+            either way of zero for N ranks; above 32 ranks bfloat16 takes their place. Low rank
+            sends all that it sends in them: both factors, for 2 N bytes a column more, and 1-D
+            tensors too, with error feedback of their own (docs/algorithm.md).
         sketch_dtype: what the first collective travels in, with ``"arc_topk"`` and ``"low_rank"``:
             sketches, low rank's first factor, and tensors that stay dense where ``wire_dtype`` is
             narrower than the gradient's. None: float32 (float64 for float64 gradients; low rank
-            with ``wire_dtype=torch.uint8``: that, and nothing else); or ``torch.bfloat16``, half
-            the bytes. What that rounds of a sketch, or of a first factor,
-            loses nothing of the gradient; a dense tensor is rounded as torch's own
-            ``bf16_compress_hook`` rounds it. A matrix whose rows or factors would be no fewer bytes
-            than that stays dense.
+            with ``wire_dtype=torch.uint8``: that, and nothing else), but bfloat16 before bytes that
+            are the default themselves; or ``torch.bfloat16``, half the bytes. What that rounds of a
+            sketch, or of a first factor, loses nothing of the gradient; a dense tensor is rounded
+            as torch's own ``bf16_compress_hook`` rounds it. A matrix whose rows or factors would be
+            no fewer bytes than that stays dense.
         state_dtype: what error feedback is kept in: None or ``torch.float32``, or
             ``torch.bfloat16``. float64 gradients always keep float64 state.
         seed: of the random projection V, of Rand-K's draw and of low rank's first basis, in
@@ -228,6 +230,13 @@ class Config:
         on_bytes = self.compressor in TWO_COLLECTIVES and self.feedback == "ef14"
         return torch.uint8 if on_bytes and not both_are_bytes else None
 
+    @property
+    def sketch(self) -> torch.dtype | None:
+        """``sketch_dtype`` with its default filled in; None: float32, or the gradient's float64."""
+        if self.compressor == "arc_topk" and self.wire_dtype is None and self.wire == torch.uint8:
+            return torch.bfloat16
+        return self.sketch_dtype
+
     def ratio_of(self, name: str) -> float:
         """The ratio of the parameter of this name."""
         return next((r for p, r in self._patterns() if fnmatchcase(name, p)), self.ratio)
@@ -255,7 +264,7 @@ class Config:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["ratios"]  # told with the names: `_C.Exchange.bind`
         fields["eta"] = DEFAULT_ETA if self.eta is None else self.eta
-        fields["wire_dtype"] = self.wire
+        fields["wire_dtype"], fields["sketch_dtype"] = self.wire, self.sketch
         return _C.Config(**fields)
 
 

@@ -42,7 +42,7 @@ def verify_against_oracle(contestant: Contestant, workload: Workload, steps: int
         ratio=config.ratio,
         rank=config.rank,
         wire_dtype=config.wire,
-        sketch_dtype=config.sketch_dtype,
+        sketch_dtype=config.sketch,
     )
     # Sums of a narrow type depend on their order; those of integers do not.
     rough = config.wire if config.wire in TOLERANCE else dtype

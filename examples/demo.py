@@ -48,7 +48,7 @@ class Way:
 
 WAYS = (
     Way("dense", "dense", "none", 0.5, 5e-3, color="#444444"),
-    Way("ARC-Top-K EF14", "arc_topk", "ef14", 0.5, 1e-2, rows=2.5, color="#0072b2"),
+    Way("ARC-Top-K EF14", "arc_topk", "ef14", 0.5, 1e-2, rows=3, color="#0072b2"),
     Way("ARC-Top-K EF14, float32", "arc_topk", "ef14", 0.5, 1e-2, wire_dtype="float32",
         color="#e69f00"),
     Way("low rank EF14", "low_rank", "ef14", 0.5, 1e-2, color="#cc79a7"),

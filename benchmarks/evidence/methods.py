@@ -56,10 +56,10 @@ def engine(name: str, *, wire: torch.dtype | None = None, **fields: Any) -> Meth
     return Method(name, "engine", config, **own)
 
 
+SHIPPED = "ARC-Top-K, uint8"  # what `arc_topk.Config()` is, at a ratio by bytes
 ARC, LOW_RANK = {"compressor": "arc_topk"}, {"compressor": "low_rank"}
 EF14, EF21M = {"feedback": "ef14"}, {"feedback": "ef21m"}
 DENSE = {"compressor": "dense", "feedback": "none"}
-SHIPPED = "ARC-Top-K, as shipped"  # what `arc_topk.Config()` is, at a ratio by bytes
 
 TABLE = {
     method.name: method
@@ -73,7 +73,8 @@ TABLE = {
         engine("ARC-Top-K", **ARC, **EF14, wire_dtype=FP32),
         engine("ARC-Top-K, bf16", **ARC, **EF14, wire=BF16, tuned_as="ARC-Top-K"),
         engine("ARC-Top-K, uint8", **ARC, **EF14, wire=UINT8, curve=True, ranks=True),
-        engine(SHIPPED, **ARC, **EF14, wire_dtype=UINT8, tuned_as="ARC-Top-K, uint8"),
+        engine("ARC-Top-K, uint8, float32 sketches", **ARC, **EF14, wire_dtype=UINT8,
+               tuned_as="ARC-Top-K, uint8"),
         engine("ARC-Top-K EF21M", **ARC, **EF21M, eta=0.3),
         engine("Top-K", compressor="top_k", **EF14, curve=True),
         engine("Rand-K", compressor="rand_k", **EF14),

@@ -52,8 +52,8 @@ DDP) and its own share of the data. Nothing is simulated.
   its own (another wire, fewer bytes, other ranks) takes its family's.
 - **bf16**, **uint8**: what rows and second factors travel in. The first collective, with the
   tensors that stay dense in it, is then bfloat16; it is float32 where neither is named. Low rank on
-  uint8 sends all in bytes, both factors and 1-D tensors. **As shipped**: what `arc_topk.Config()`
-  says, bytes behind a first collective in float32.
+  uint8 sends all in bytes, both factors and 1-D tensors. What `arc_topk.Config()` says is
+  ARC-Top-K, uint8.
 - PowerSGD is torch's, in one bucket: over several its collectives come in an order of which Gloo
   aborts.
 """

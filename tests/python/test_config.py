@@ -103,11 +103,19 @@ def test_bytes_are_the_default_where_error_feedback_keeps_what_they_round() -> N
             config = arc_topk.Config(compressor=compressor, feedback=feedback)
             on_bytes = compressor in ("arc_topk", "low_rank") and feedback == "ef14"
             assert config.wire == (torch.uint8 if on_bytes else None)
+            behind = torch.bfloat16 if on_bytes and compressor == "arc_topk" else None
+            assert config.sketch == behind
             asked = dataclasses.replace(config, wire_dtype=torch.float16)
-            assert asked.wire == torch.float16
+            assert (asked.wire, asked.sketch) == (torch.float16, None)
     both = arc_topk.Config(compressor="low_rank", sketch_dtype=torch.bfloat16)
     assert both.wire is None  # on bytes low rank has no first collective of another type
     assert arc_topk.Config(sketch_dtype=torch.bfloat16).wire == torch.uint8
+    assert arc_topk.Config(wire_dtype=torch.uint8).sketch is None
+
+
+def test_fields_are_keywords() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        arc_topk.Config("low_rank")  # type: ignore[misc]
 
 
 def test_numpys_numbers_are_numbers() -> None:

@@ -77,8 +77,8 @@ def test_a_changed_method_or_task_is_another_run(
 
 def test_what_is_called_as_shipped_is_what_ships() -> None:
     named, default = arc_topk.Config(**TABLE[SHIPPED].config), arc_topk.Config()
-    assert named.wire_dtype == default.wire
-    assert dataclasses.replace(named, wire_dtype=None) == default
+    assert (named.wire_dtype, named.sketch_dtype) == (default.wire, default.sketch)
+    assert dataclasses.replace(named, wire_dtype=None, sketch_dtype=None) == default
 
 
 def test_the_plan_has_each_run_once_and_few_enough() -> None:

@@ -18,7 +18,7 @@ def row(config: Config, *shape: int, dtype: torch.dtype = torch.float32, world_s
 def test_bytes_of_a_compressed_matrix() -> None:
     w = row(Config(ratio=0.1), 1000, 256)
     assert (w.view, w.kept, w.wire_dtype) == ((1000, 256), 100, torch.uint8)
-    assert w.wire_bytes == 4 * 5 * 1000 + 100 * 256 + 4  # sketch and units, rows, flag
+    assert w.wire_bytes == 2 * 5 * 1000 + 100 * 256 + 2  # sketch and units, rows, flag
     w = row(Config(ratio=0.1, wire_dtype=torch.float32), 1000, 256)
     assert w.wire_bytes == 4 * 4 * 1000 + 100 * 256 * 4 + 4
     assert w.dense_bytes == 1000 * 256 * 4
@@ -42,7 +42,9 @@ def test_vectors_stay_dense_unless_row_width() -> None:
 
 
 def test_what_does_not_pay_stays_dense() -> None:
-    w = row(Config(ratio=0.1), 4096, 4)  # the sketch alone is as large as the matrix
+    w = row(
+        Config(ratio=0.1, wire_dtype=torch.float32), 4096, 4
+    )  # the sketch alone is as large as the matrix
     assert w.view is None and w.kept is None
     assert w.wire_bytes == w.dense_bytes
     assert "compressed bytes" in w.why_dense and "dense" in w.why_dense
