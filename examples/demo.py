@@ -236,7 +236,7 @@ def picture(results: list[Result], path: Path, title: str) -> None:
     from matplotlib import pyplot as plt
 
     colors = {way.name: way.color for way in WAYS}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
     for result in results:
         steps, losses, sent = zip(*result.curve, strict=True)
         label = f"{result.name}: {losses[-1]:.3f}"
@@ -245,11 +245,11 @@ def picture(results: list[Result], path: Path, title: str) -> None:
         right.plot([bytes_ / 1e6 for bytes_ in sent], losses, **style)
     left.set(xlabel="step", ylabel="validation loss (nats per byte)")
     right.set(xlabel="MB sent by a rank (ring algorithms, all overheads counted)", xscale="log")
-    right.legend(frameon=False, fontsize=9)
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
+    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.11, 1, 1))  # the legend lies below
     figure.savefig(path, dpi=150)
     plt.close(figure)
