@@ -187,7 +187,7 @@ def test_every_type_keeps_its_bits(
 def test_with_three_ranks_it_goes_on_as_plain_ddp_does(pools: Pools, tmp_path: Path) -> None:
     """Buckets that are not rebuilt yet are summed in another order: the last bit may differ."""
     gradients = random_gradients(LAYOUTS, 3, STEPS, torch.float32)
-    config = {"feedback": "ef14", "ratio": 0.2}
+    config = {"feedback": "ef14", "ratio": 0.2, "wire_dtype": torch.float32}
     for straight, stopped, _ in pools.of(3).run(
         run_with_a_stop, gradients, config, "by_rank_0s_dict", tmp_path
     ):

@@ -32,6 +32,10 @@ struct Wide {
     low.add_product(x.low, y.low);
     high.add_product(x.high, y.high);
   }
+  [[gnu::always_inline]] void add(const Wide& x) {
+    low.add(x.low);
+    high.add(x.high);
+  }
 };
 
 template <class T>
@@ -47,6 +51,7 @@ struct Wide<T, kRegisterBytes> {
   [[gnu::always_inline]] void add_product(const Wide& x, const Wide& y) {
     lanes = lanes + x.lanes * y.lanes;
   }
+  [[gnu::always_inline]] void add(const Wide& x) { lanes = lanes + x.lanes; }
 };
 
 template <class T>
@@ -116,24 +121,39 @@ template <class T>
   for (int i = 0; i < 4; ++i) sums[i] = sum_lanes(x[i]);
 }
 
-// Of a run that comes in parts, in double. Parts begin at multiples of the lanes' number.
+// Of a run that comes in parts, in double. Parts begin at multiples of four times the lanes'
+// number: one sum alone would wait for itself in every addition.
 template <class T>
 class SumOfSquares {
  public:
   void add(const T* x, int64_t n) {
     constexpr int64_t kWidth = Lanes<double>::kWidth;
     int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) {
-      const auto xs = load_lanes<double>(x + i);
-      sum_.add_product(xs, xs);
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+      add_lanes(x + i, a_);
+      add_lanes(x + i + kWidth, b_);
+      add_lanes(x + i + 2 * kWidth, c_);
+      add_lanes(x + i + 3 * kWidth, d_);
     }
+    for (; i + kWidth <= n; i += kWidth) add_lanes(x + i, a_);
     const auto xs = load_some_lanes<double>(x + i, n - i);
-    sum_.add_product(xs, xs);
+    a_.add_product(xs, xs);
   }
-  double value() const { return sum_lanes(sum_); }
+  double value() const {
+    Lanes<double> ab = a_, cd = c_;
+    ab.add(b_);
+    cd.add(d_);
+    ab.add(cd);
+    return sum_lanes(ab);
+  }
 
  private:
-  Lanes<double> sum_{};
+  [[gnu::always_inline]] static void add_lanes(const T* x, Lanes<double>& to) {
+    const auto xs = load_lanes<double>(x);
+    to.add_product(xs, xs);
+  }
+
+  Lanes<double> a_{}, b_{}, c_{}, d_{};
 };
 
 }  // namespace arc_topk::cpu::ARC_TOPK_ISA

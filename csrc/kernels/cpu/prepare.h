@@ -99,10 +99,19 @@ inline bool prepare_rows(const Bucket& b, const Piece& p, const F& feedback, con
   OwnShares<T> shares(b, s, p);
   if constexpr (kRegisterBytes == 64) {
     if (is_fused<F, T>(b, s, store_it)) {
-      const bool finite =
-          form_and_sketch(b, feedback, sketch, s.cols, range.begin, range.end, sketches);
       const void* message = keeps_message(F::kKind) ? b.own_a : b.gradient;
-      shares.rows(static_cast<const T*>(message), range, s.cols);
+      // Rows that still lie in the L1 cache when their units are formed; four at least, for
+      // form_and_sketch().
+      constexpr int64_t kSome = 4096;
+      const int64_t some = sends_levels(b) ? std::max<int64_t>(4, kSome / s.cols) * s.cols
+                                           : std::max<int64_t>(1, range.end - range.begin);
+      bool finite = true;
+      for (int64_t i = range.begin; i < range.end; i += some) {
+        const Range rows{i, std::min(i + some, range.end)};
+        finite &= form_and_sketch(b, feedback, sketch, s.cols, rows.begin, rows.end,
+                                  sketches + (i - range.begin) / s.cols * b.sketch_dim);
+        shares.rows(static_cast<const T*>(message), rows, s.cols);
+      }
       return finite;
     }
   }
