@@ -48,8 +48,9 @@ class Config:
         ratios: ratios of some parameters of their own, by patterns of names as ``State.plan()``
             shows them: ``{"*embed*": 0.02, "head.*": 1}``. ``*``, ``?`` and ``[...]`` are the
             shell's (`fnmatch.fnmatchcase`); the first pattern that matches counts, and where none
-            does, ``ratio``. 1 leaves a parameter dense (low rank on bytes has nothing dense: it
-            is then sent whole, in bytes). Not with ``rank``. Kept as a tuple of pairs.
+            does, ``ratio``. 1 leaves a parameter dense (in the sketches' type on a narrower wire;
+            low rank on bytes has nothing dense, and sends it whole, in bytes). Not with ``rank``.
+            Kept as a tuple of pairs.
         rank: low rank's k, the columns of its factors, 1 or more, the same for every matrix (at
             most min(m, n)); None: by ``ratio``. A step costs about ``6 d k`` multiplications and as
             many additions for d elements: docs/algorithm.md has what that comes to.
@@ -76,12 +77,12 @@ class Config:
             tensors too, with error feedback of their own (docs/algorithm.md).
         sketch_dtype: what the first collective travels in, with ``"arc_topk"`` and ``"low_rank"``:
             sketches, low rank's first factor, and tensors that stay dense where ``wire_dtype`` is
-            narrower than the gradient's. None: float32 (float64 for float64 gradients; low rank
-            with ``wire_dtype=torch.uint8``: that, and nothing else), but bfloat16 before bytes that
-            are the default themselves; or ``torch.bfloat16``, half the bytes. What that rounds of a
-            sketch, or of a first factor, loses nothing of the gradient; a dense tensor is rounded
-            as torch's own ``bf16_compress_hook`` rounds it. A matrix whose rows or factors would be
-            no fewer bytes than that stays dense.
+            narrower than the gradient's. None: float32 (low rank with ``wire_dtype=torch.uint8``:
+            that, and nothing else), but bfloat16 before bytes that are the default themselves; or
+            ``torch.bfloat16``, half the bytes. float64 gradients always keep float64 sketches. What
+            that rounds of a sketch, or of a first factor, loses nothing of the gradient; a dense
+            tensor is rounded as torch's own ``bf16_compress_hook`` rounds it. A matrix whose rows
+            or factors would be no fewer bytes than that stays dense.
         state_dtype: what error feedback is kept in: None or ``torch.float32``, or
             ``torch.bfloat16``. float64 gradients always keep float64 state.
         seed: of the random projection V, of Rand-K's draw and of low rank's first basis, in

@@ -98,6 +98,8 @@ class Oracle:
         ]
         self.world_size = world_size
         travels = None if wire_dtype is None else wire_type(wire_dtype, world_size)
+        if dtype == torch.float64:  # keeps float64 sketches, as it keeps float64 state
+            sketch_dtype = None
         if compressor == "low_rank" and wire_dtype == torch.uint8:  # both factors travel alike
             sketch_dtype = travels
         self.types = Types.of(dtype, travels, state_dtype, compressor, sketch_dtype)

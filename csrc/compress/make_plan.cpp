@@ -89,7 +89,9 @@ Types types_for(const Config& config, const Compressor& compressor, DType gradie
   types.state = gradient == DType::kF64 ? DType::kF64 : config.state_dtype.value_or(DType::kF32);
   types.wire = wire_for(config, gradient, world_size);
   const bool asks_for_bytes = compressor.factorises() && config.wire_dtype == DType::kU8;
-  types.sketch = asks_for_bytes ? types.wire : config.sketch_dtype.value_or(types.work());
+  // As with state: who computes in float64 has numbers that bfloat16 has no room for.
+  const bool narrow = config.sketch_dtype && gradient != DType::kF64;
+  types.sketch = asks_for_bytes ? types.wire : narrow ? *config.sketch_dtype : types.work();
   if (types.sends_directions()) types.norm_bytes = kNormBytes * world_size;
   types.dense = compressor.dense_type(types);
   return types;

@@ -84,6 +84,14 @@ def test_bytes_and_types_of_the_plan(
     assert plan.wire_bytes == oracle.wire_bytes
 
 
+@pytest.mark.parametrize("config", [{}, {"sketch_dtype": BF16}, {"wire_dtype": BF16}])
+def test_float64_keeps_its_range(config: dict[str, Any]) -> None:
+    """bfloat16 ends at 3.4e38: a dense tensor's larger numbers would be infinite in it."""
+    named = [(name, tensor.double()) for name, tensor in NAMED]
+    plan = make_plan(arc_topk.Config(**config), named, 4)
+    assert plan.rows[1].why_dense and plan.rows[1].wire_dtype == torch.float64
+
+
 # --- the engine against the oracle
 # ------------------------------------------------------------------------------
 
